@@ -1,0 +1,277 @@
+"""MXFP4: four-bit floats in blocks of 32 that share a power-of-two scale.
+
+An element is an E2M1 code (sign, two exponent bits, one mantissa bit: 0, 0.5, 1, 1.5, 2, 3, 4, 6),
+a scale is an E8M0 byte b that stands for 2^(b - 127), with 255 for NaN. Both directions are built
+from integer operations on the bits of floats, so that they are exact on every backend: float
+arithmetic in XLA may replace subnormal numbers by zero, and the products of scales 0 and 1 are such
+numbers. (What is computed from the decoded weights is subject to that again.)
+
+Source: OCP Microscaling Formats (MX) Specification, version 1.0, sections 5.3, 5.4 and 6.3.
+"""
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import Mesh
+
+from moe_jax.tagged import Rules, Tagged, tag
+
+BLOCK_SIZE = 32
+"""Elements that share a scale."""
+
+_BYTES_PER_BLOCK = BLOCK_SIZE // 2
+_NAN_SCALE = 255
+_FLOAT_TYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True, eq=False)
+class BlockScaled:
+    """MXFP4 codes and scales, seen as an array of floats.
+
+    The two leaves are all that the pytree holds, and `axis` is the logical axis cut into blocks:
+    with `blocks` {expert, out, block, byte}, `axes` is (expert, out, in) and `in` is 32 x block.
+    The constructor checks nothing, because JAX puts all sorts of things in the place of leaves;
+    every method does, and raises TypeError for bytes that are not uint8 and ValueError for blocks
+    and scales that do not belong together.
+
+    Attributes:
+        blocks: uint8 {..., block, byte}, 16 bytes of two codes each, the low four bits first.
+        scales: uint8 {..., block}, E8M0.
+        axis: name of the logical axis that is cut into blocks.
+    """
+
+    blocks: Tagged
+    scales: Tagged
+    axis: str = dataclasses.field(default="in", metadata={"static": True})
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """The logical axes, the one cut into blocks last."""
+        return (*self.scales.axes[:-1], self.axis)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The size of each logical axis by name."""
+        sizes = self.check().scales.sizes
+        return {n: sizes[n] for n in self.axes[:-1]} | {self.axis: sizes["block"] * BLOCK_SIZE}
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The logical shape."""
+        return tuple(self.sizes.values())
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held by blocks and scales."""
+        return int(np.prod(self.blocks.shape)) + int(np.prod(self.scales.shape))
+
+    def size(self, axis: str) -> int:
+        """The size of one logical axis. Raises ValueError where there is no such axis."""
+        if axis not in self.axes:
+            raise ValueError(f"no axis {axis!r} among {self.axes}")
+        return self.sizes[axis]
+
+    def take(self, indices: Tagged | jax.Array | int, axis: str) -> "BlockScaled":
+        """Picks entries along a leading axis, as `Tagged.take` does, of blocks and scales."""
+        self.check()
+        if axis not in self.axes[:-1]:
+            raise ValueError(f"take works along {self.axes[:-1]}, got {axis!r}")
+        return dataclasses.replace(
+            self, blocks=self.blocks.take(indices, axis), scales=self.scales.take(indices, axis)
+        )
+
+    def rename(self, **names: str) -> "BlockScaled":
+        """Gives logical axes new names: `w.rename(out="rows")`."""
+        for old in names:
+            self.size(old)
+        lead = {old: new for old, new in names.items() if old != self.axis}
+        return BlockScaled(
+            self.blocks.rename(**lead),
+            self.scales.rename(**lead),
+            axis=names.get(self.axis, self.axis),
+        )
+
+    def partition(self, mesh: Mesh, rules: Rules) -> Self:
+        """Places both leaves as `rules` say for the logical axes; blocks are never cut."""
+        self.check()
+        rules = leaf_rules(rules, self.axis)
+        return dataclasses.replace(
+            self,
+            blocks=self.blocks.partition(mesh, rules),
+            scales=self.scales.partition(mesh, rules),
+        )
+
+    def dequantize(self, dtype: Any = jnp.bfloat16) -> Tagged:
+        """The decoded floats {..., in}; see `dequantize_mxfp4`."""
+        return dequantize_mxfp4(self, dtype)
+
+    def check(self) -> Self:
+        """Returns `self` if blocks and scales are uint8 and belong together; raises otherwise."""
+        blocks, scales = self.blocks, self.scales
+        for name, leaf in (("blocks", blocks), ("scales", scales)):
+            if leaf.dtype != np.uint8:
+                raise TypeError(f"MXFP4 {name} must be uint8, got {leaf.dtype}")
+        if scales.axes[-1:] != ("block",) or blocks.axes != (*scales.axes, "byte"):
+            raise ValueError(
+                f"MXFP4 needs blocks {{..., block, byte}} and scales {{..., block}} with equal "
+                f"leading axes, got blocks {blocks} and scales {scales}"
+            )
+        sizes = blocks.sizes
+        if sizes.pop("byte") != _BYTES_PER_BLOCK or sizes != scales.sizes:
+            raise ValueError(
+                f"MXFP4 needs {_BYTES_PER_BLOCK} bytes a block and one scale for each block, "
+                f"got blocks {blocks} and scales {scales}"
+            )
+        return self
+
+    def __str__(self) -> str:
+        return f"BlockScaled(blocks={self.blocks}, scales={self.scales}, axis={self.axis!r})"
+
+
+def leaf_rules(rules: Rules, axis: str = "in") -> Mapping[str, str | tuple[str, ...] | None]:
+    """Sharding rules for blocks and scales, from rules for the logical axes."""
+    return {**rules, "block": rules.get(axis), "byte": None}
+
+
+def dequantize_mxfp4(packed: BlockScaled, dtype: Any = jnp.bfloat16) -> Tagged:
+    """Decodes to floats {..., in}: E2M1 value x 2^(scale - 127), NaN where the scale is 255.
+
+    float32 and bfloat16 hold every value down to the smallest (2^-128, a subnormal number) and give
+    infinity where the product passes the largest float (codes of 4 and 6 at scale 253, of 2 and
+    more at scale 254). float16 is float32 rounded once, at the end.
+
+    Raises:
+        TypeError: `dtype` is not float32, bfloat16 or float16, or the bytes are not uint8.
+        ValueError: blocks and scales do not belong together.
+    """
+    dtype = _float_type(dtype)
+    packed.check()
+    blocks = jnp.asarray(packed.blocks.array)
+    codes = jnp.stack([blocks & 15, blocks >> 4], -1).reshape(*blocks.shape[:-1], BLOCK_SIZE)
+    scales = jnp.asarray(packed.scales.array)[..., None]
+    bits = _bfloat16_bits(codes.astype(jnp.uint16), scales.astype(jnp.uint16))
+    bits = bits.reshape(*blocks.shape[:-2], blocks.shape[-2] * BLOCK_SIZE)
+    return tag(_from_bfloat16_bits(bits, dtype), *packed.axes)
+
+
+def _bfloat16_bits(codes: jax.Array, scales: jax.Array) -> jax.Array:
+    """The bits of the bfloat16 of each code (its low four bits) and scale, all uint16.
+
+    For magnitudes m >= 2 the code's exponent and mantissa bits lie as in a bfloat16, so they are
+    added to the scale's exponent. m = 1 is E2M1's own subnormal number, 0.5.
+    """
+    magnitude = codes & 7
+    base = (scales - 1) << 7
+    half = jnp.where(scales == 1, jnp.uint16(1 << 6), base)
+    bits = jnp.where(magnitude == 1, half, base + (magnitude << 6))
+    bits = jnp.where((scales == 0) & (magnitude < 4), magnitude << 5, bits)
+    bits = jnp.where(magnitude == 0, jnp.uint16(0), jnp.minimum(bits, jnp.uint16(0x7F80)))
+    bits = jnp.where(scales == _NAN_SCALE, jnp.uint16(0x7FC0), bits)
+    return bits | ((codes & 8) << 12)
+
+
+def _from_bfloat16_bits(bits: jax.Array, dtype: Any) -> jax.Array:
+    if dtype == jnp.bfloat16:
+        return lax.bitcast_convert_type(bits, jnp.bfloat16)
+    return lax.bitcast_convert_type(bits.astype(jnp.uint32) << 16, jnp.float32).astype(dtype)
+
+
+def quantize_mxfp4(w: Tagged, axis: str = "in") -> BlockScaled:
+    """Encodes floats {..., in} by the rules of the OCP specification.
+
+    A block's scale is 2^(floor(log2(largest magnitude)) - 2), limited to 2^-127; elements are
+    rounded to the nearest code, ties to the even one, and magnitudes above 6 scales saturate. A
+    block of zeros has scale byte 0. A block with a NaN or an infinity has scale byte 255, all NaN:
+    the format has no infinity, and a finite number in its place would be wrong without notice.
+
+    Args:
+        w: float32, bfloat16 or float16 array with the axis `axis`, of a size divisible by 32.
+        axis: the axis to cut into blocks; it becomes the last.
+
+    Raises:
+        TypeError: `w` is not a `Tagged` of one of these dtypes.
+        ValueError: no such axis, or its size is not divisible by 32.
+    """
+    if not isinstance(w, Tagged):
+        raise TypeError(f"expected a Tagged array, got {type(w).__name__}: name its axes with tag")
+    _float_type(w.dtype)
+    if w.size(axis) % BLOCK_SIZE:
+        raise ValueError(f"axis {axis!r} of {w} must have a size divisible by {BLOCK_SIZE}")
+    lead = tuple(n for n in w.axes if n != axis)
+    bits = _float32_bits(w.untag(*lead, axis))
+    bits = bits.reshape(*bits.shape[:-1], bits.shape[-1] // BLOCK_SIZE, BLOCK_SIZE)
+    magnitudes = bits & 0x7FFFFFFF
+    exponents = (magnitudes.max(-1) >> 23).astype(jnp.int32)
+    scales = jnp.where(exponents == 255, _NAN_SCALE, jnp.maximum(exponents - 2, 0))
+    codes = _nearest_codes(magnitudes, scales) | (bits >> 31 << 3).astype(jnp.uint8)
+    blocks = codes[..., 0::2] | codes[..., 1::2] << 4
+    return BlockScaled(
+        tag(blocks, *lead, "block", "byte"), tag(scales.astype(jnp.uint8), *lead, "block"), axis
+    )
+
+
+def _nearest_codes(magnitudes: jax.Array, scales: jax.Array) -> jax.Array:
+    """How many code boundaries of its block each magnitude has passed, as uint8.
+
+    Non-negative floats are ordered as their bits are, so this is a comparison of integers.
+
+    Args:
+        magnitudes: bits of non-negative float32, uint32 {..., block, 32}.
+        scales: int32 {..., block}.
+    """
+    boundaries = jnp.asarray(_boundary_bits())[scales]
+    codes = jnp.zeros(magnitudes.shape, jnp.uint8)
+    for n in range(boundaries.shape[-1]):
+        codes += (magnitudes >= boundaries[..., n, None]).astype(jnp.uint8)
+    return jnp.where(scales[..., None] == _NAN_SCALE, jnp.uint8(0), codes)
+
+
+@functools.cache
+def _boundary_bits() -> np.ndarray:
+    """Bits of the least float32 that rounds to codes 1 to 7, by scale byte: uint32 [256, 7].
+
+    A boundary lies halfway between neighbours and belongs to the even one of them.
+    """
+    halfway = np.array([0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0])
+    belongs_below = np.array([1, 0, 1, 0, 1, 0, 1], np.uint32)
+    with np.errstate(over="ignore"):
+        values = np.ldexp(halfway, np.arange(256)[:, None] - 127).astype(np.float32)
+    return values.view(np.uint32) + belongs_below
+
+
+def _float32_bits(array: jax.Array) -> jax.Array:
+    array = jnp.asarray(array)
+    if array.dtype == jnp.bfloat16:
+        return lax.bitcast_convert_type(array, jnp.uint16).astype(jnp.uint32) << 16
+    return lax.bitcast_convert_type(array.astype(jnp.float32), jnp.uint32)
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(1,))
+def fake_quantize_mxfp4(w: Tagged, axis: str = "in") -> Tagged:
+    """Rounds floats to what MXFP4 can hold, with the gradient of the identity.
+
+    For training with the rounding in place: the result is that of encoding and decoding, in the
+    dtype and the axis order of `w`, and cotangents pass through unchanged (straight-through
+    estimator, Bengio et al., arXiv:1308.3432). Arguments and errors are those of `quantize_mxfp4`.
+    """
+    return dequantize_mxfp4(quantize_mxfp4(w, axis), w.dtype).order(*w.axes)
+
+
+@fake_quantize_mxfp4.defjvp
+def _fake_quantize_jvp(axis: str, primals: Any, tangents: Any) -> tuple[Tagged, Tagged]:
+    return fake_quantize_mxfp4(primals[0], axis), tangents[0]
+
+
+def _float_type(dtype: Any) -> Any:
+    """`dtype` as a NumPy dtype. Raises TypeError unless it is one that MXFP4 converts with."""
+    dtype = jnp.dtype(dtype)
+    if dtype not in _FLOAT_TYPES:
+        raise TypeError(f"MXFP4 converts to and from float32, bfloat16 and float16, not {dtype}")
+    return dtype
