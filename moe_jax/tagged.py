@@ -167,7 +167,10 @@ class Tagged:
             raise TypeError(f"indices must be integers, got {picked.dtype}")
         axes = self.axes[:position] + names + self.axes[position + 1 :]
         _check_names(axes)
-        return Tagged(jnp.take(array, picked, axis=position, mode="clip"), axes)
+        if not array.shape[position] and picked.size:
+            raise ValueError(f"cannot pick from axis {axis!r} of {self}, which is empty")
+        where = (slice(None),) * position + (picked,)
+        return Tagged(array.at[where].get(mode="clip"), axes)
 
     def top_k(self, k: int, axis: str, into: str) -> "tuple[Tagged, Tagged]":
         """The `k` largest entries along `axis` and their indices (int32), largest first.

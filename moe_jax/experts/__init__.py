@@ -1,0 +1,8 @@
+"""Expert layers, and how rows meet experts."""
+
+from moe_jax.experts.base import Expert as Expert
+from moe_jax.experts.base import Rows as Rows
+from moe_jax.experts.layers import MLP as MLP
+from moe_jax.experts.layers import GatedMLP as GatedMLP
+from moe_jax.experts.layers import GptOssMLP as GptOssMLP
+from moe_jax.experts.layers import Identity as Identity

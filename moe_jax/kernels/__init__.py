@@ -1,0 +1,1 @@
+"""Operations with one definition (`reference.py`) and backends for particular hardware."""

@@ -1,0 +1,140 @@
+"""The mixture-of-experts layer as a Flax module, with its router."""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from moe_jax.call import like_tokens, token_axes
+from moe_jax.dispatch import DispatchReport, Overflow
+from moe_jax.experts.base import check_experts
+from moe_jax.losses import load_balance_loss, router_z_loss
+from moe_jax.mixture_of_experts import AlgorithmChoice, mixture_of_experts
+from moe_jax.routing import Router, check_experts_per_token, route, router_logits
+from moe_jax.tagged import Tagged, is_tagged
+
+
+@dataclasses.dataclass(frozen=True)
+class MoEConfig:
+    """How an `MoE` layer routes and dispatches.
+
+    Attributes:
+        experts_per_token: how many experts a token is sent to.
+        router: how logits become weights.
+        algorithm: see `mixture_of_experts`.
+        tokens_per_expert_ratio: see `mixture_of_experts`.
+        overflow: see `mixture_of_experts`.
+    """
+
+    experts_per_token: int
+    router: Router = Router()
+    algorithm: AlgorithmChoice = "auto"
+    tokens_per_expert_ratio: float | None = None
+    overflow: Overflow = "reroute"
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class RouterStatistics:
+    """What training and monitoring want to know of one pass; float32 scalars and a report.
+
+    Attributes:
+        load_balance: `load_balance_loss` of the pass.
+        z: `router_z_loss` of the pass.
+        report: what was assigned, re-routed and dropped.
+    """
+
+    load_balance: jax.Array
+    z: jax.Array
+    report: DispatchReport
+
+
+class PackedExperts(nnx.Variable):
+    """Holds experts with integer weights, which have no gradient; not an `nnx.Param`."""
+
+
+class MoE(nnx.Module):
+    """A mixture-of-experts layer with its router.
+
+    Attributes:
+        router_weight: Param of {expert, d}; without a bias its rows are centroids.
+        router_bias: Param of {expert}, or None.
+        selection_bias: Param of {expert}, or None; see `mixture_of_experts`.
+        experts: Param of the experts; `PackedExperts` where they hold integers.
+        config: `MoEConfig`.
+    """
+
+    def __init__(
+        self,
+        experts: Any,
+        router_weight: Tagged,
+        router_bias: Tagged | None = None,
+        *,
+        experts_per_token: int,
+        router: Router = Router(),  # noqa: B008 - frozen
+        algorithm: AlgorithmChoice = "auto",
+        tokens_per_expert_ratio: float | None = None,
+        overflow: Overflow = "reroute",
+        selection_bias: Tagged | None = None,
+    ) -> None:
+        if set(router_weight.axes) != {"expert", "d"}:
+            raise ValueError(f"router_weight must have the axes {{expert, d}}, got {router_weight}")
+        num_experts = router_weight.size("expert")
+        check_experts_per_token(experts_per_token, num_experts)
+        check_experts(experts, num_experts)
+        packed = any(
+            not jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in jax.tree.leaves(experts)
+        )
+        self.router_weight = nnx.Param(router_weight)
+        self.router_bias = None if router_bias is None else nnx.Param(router_bias)
+        self.selection_bias = None if selection_bias is None else nnx.Param(selection_bias)
+        self.experts = PackedExperts(experts) if packed else nnx.Param(experts)
+        self.config = MoEConfig(
+            experts_per_token, router, algorithm, tokens_per_expert_ratio, overflow
+        )
+
+    def logits(self, x: Tagged) -> Tagged:
+        """The router's logits {..., expert}, float32, of x {..., d}."""
+        bias = None if self.router_bias is None else self.router_bias.get_value()
+        return router_logits(x, self.router_weight.get_value(), bias)
+
+    def __call__(self, x: Any, *, token_mask: Any = None) -> Any:
+        """x {..., d} -> {..., d}, `Tagged` or bare; token_mask as in `mixture_of_experts`."""
+        return self._apply(x, token_mask)[0]
+
+    def with_statistics(self, x: Any, *, token_mask: Any = None) -> tuple[Any, RouterStatistics]:
+        """The same, and the losses and counts of this pass."""
+        y, logits, report = self._apply(x, token_mask)
+        mask = None if token_mask is None else like_tokens(token_mask, logits, "expert")
+        routing = route(
+            logits,
+            self.config.experts_per_token,
+            self.config.router,
+            selection_bias=self._selection_bias(),
+        )
+        losses = load_balance_loss(logits, routing, mask), router_z_loss(logits, mask)
+        return y, RouterStatistics(*losses, report)
+
+    def _apply(self, x: Any, token_mask: Any) -> tuple[Any, Tagged, DispatchReport]:
+        named = x if is_tagged(x) else Tagged(x, (*token_axes(x.ndim - 1), "d"))
+        logits = self.logits(named)
+        config = self.config
+        y, report = mixture_of_experts(
+            self.experts.get_value(),
+            x,
+            logits if is_tagged(x) else logits.array,
+            experts_per_token=config.experts_per_token,
+            normalization=config.router,
+            tokens_per_expert_ratio=config.tokens_per_expert_ratio,
+            algorithm=config.algorithm,
+            token_mask=token_mask,
+            selection_bias=self._selection_bias(),
+            overflow=config.overflow,
+            with_report=True,
+        )
+        return y, logits, report
+
+    def _selection_bias(self) -> Tagged | None:
+        return None if self.selection_bias is None else self.selection_bias.get_value()

@@ -1,0 +1,221 @@
+"""The mixture-of-experts layer as one function; `moe_jax.MoE` is the Flax module around it.
+
+    y = mixture_of_experts(experts, x, gating, experts_per_token=4)
+
+`x` and `gating` are `Tagged` {..., d} and {..., expert}, or bare arrays with those axes last. The
+result is of the same kind as `x`.
+"""
+
+from typing import Any, Literal, overload
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax import dispatch
+from moe_jax.call import Call
+from moe_jax.dispatch import ALGORITHMS, DispatchReport, Overflow
+from moe_jax.experts.base import check_experts
+from moe_jax.routing import LINEAR_ROUTER, Router, Routing, check_experts_per_token, route
+from moe_jax.tagged import Tagged, is_tagged
+
+type AlgorithmChoice = Literal["auto", "per_token", "dense", "grouped", "fixed_budget"]
+type Normalization = Literal["softmax", "linear"] | Router
+
+_NORMALIZATIONS = {"softmax": Router(), "linear": LINEAR_ROUTER}
+
+
+@overload
+def mixture_of_experts(
+    experts: Any,
+    x: Any,
+    gating: Any,
+    *,
+    experts_per_token: int,
+    normalization: Normalization = "softmax",
+    tokens_per_expert_ratio: float | None = None,
+    algorithm: AlgorithmChoice = "auto",
+    token_mask: Any = None,
+    selection_bias: Any = None,
+    overflow: Overflow = "reroute",
+    with_report: Literal[False] = False,
+) -> Any: ...
+@overload
+def mixture_of_experts(
+    experts: Any,
+    x: Any,
+    gating: Any,
+    *,
+    experts_per_token: int,
+    normalization: Normalization = "softmax",
+    tokens_per_expert_ratio: float | None = None,
+    algorithm: AlgorithmChoice = "auto",
+    token_mask: Any = None,
+    selection_bias: Any = None,
+    overflow: Overflow = "reroute",
+    with_report: Literal[True],
+) -> tuple[Any, DispatchReport]: ...
+def mixture_of_experts(
+    experts: Any,
+    x: Any,
+    gating: Any,
+    *,
+    experts_per_token: int,
+    normalization: Normalization = "softmax",
+    tokens_per_expert_ratio: float | None = None,
+    algorithm: AlgorithmChoice = "auto",
+    token_mask: Any = None,
+    selection_bias: Any = None,
+    overflow: Overflow = "reroute",
+    with_report: bool = False,
+) -> Any:
+    """Sends each token to its best experts and sums what they return, weighted.
+
+    Args:
+        experts: a pytree with an `expert` axis and a call; see `moe_jax.experts`.
+        x: {..., d} floats.
+        gating: {..., expert}, the router's logits (or, for `linear`, weights that are not negative)
+            with the leading axes of `x`.
+        experts_per_token: how many experts a token is sent to.
+        normalization: `softmax` over the chosen logits, `linear`: gating divided by the sum over
+            the chosen, or any `Router`.
+        tokens_per_expert_ratio: None computes every chosen pair. A positive number allows
+            `fixed_budget`: each expert then takes at most ratio x tokens x experts_per_token /
+            experts tokens (rounded up to a multiple of 8). A token's result then depends on the
+            other tokens.
+        algorithm: `auto` chooses by the number of tokens, see `moe_jax.choose_algorithm`. One that
+            is named is used; it never falls back to another.
+        token_mask: bool {...}; tokens that are False take no expert's room and get zeros.
+        selection_bias: {expert}, added to what selects experts but not to what weighs them.
+        overflow: what `fixed_budget` does with tokens that found their expert full: `reroute` to
+            lower-ranked experts with room, or `drop`.
+        with_report: whether to return a `DispatchReport` as well.
+
+    Returns:
+        {..., d} with the dtype of `x`, or that and the report.
+
+    Raises:
+        ValueError: axes or sizes do not fit, or an option is unknown or contradicts another.
+        TypeError: a dtype is wrong.
+    """
+    router = _router(normalization)
+    layer = Call.of(experts, x, gating, "expert", token_mask)
+    logits, mask = layer.per_token, layer.mask
+    num_experts = logits.size("expert")
+    check_experts_per_token(experts_per_token, num_experts)
+    check_experts(layer.experts, num_experts)
+    if selection_bias is not None and not is_tagged(selection_bias):
+        selection_bias = Tagged(selection_bias, ("expert",))
+    if not jnp.issubdtype(logits.dtype, jnp.floating):
+        raise TypeError(f"gating must be floats, got {logits.dtype}")
+    name = _algorithm(
+        algorithm, layer.num_tokens, num_experts, experts_per_token, tokens_per_expert_ratio
+    )
+    if name == "fixed_budget":
+        assert tokens_per_expert_ratio is not None  # _algorithm has checked it
+        plan = dispatch.plan_fixed_budget(
+            logits,
+            experts_per_token,
+            dispatch.token_budget(
+                layer.num_tokens, num_experts, experts_per_token, tokens_per_expert_ratio
+            ),
+            router,
+            overflow=overflow,
+            selection_bias=selection_bias,
+            token_mask=mask,
+        )
+        y = dispatch.fixed_budget(layer.experts, layer.x, logits, plan, router)
+        report = plan.report
+    else:
+        routing = route(
+            logits, experts_per_token, router, selection_bias=selection_bias, token_mask=mask
+        )
+        y = dispatch.EXACT[name](layer.experts, layer.x, routing, num_experts)
+        report = dispatch.exact_report(routing, num_experts)
+    y = layer.restore(y)
+    return (y, report) if with_report else y
+
+
+def fused_experts(
+    hidden_states: Any,
+    selected_experts: Any,
+    scores: Any,
+    experts: Any,
+    *,
+    algorithm: AlgorithmChoice = "auto",
+    token_mask: Any = None,
+) -> Any:
+    """Applies experts where routing is done already; scores are used as they are.
+
+    An id outside the experts stands for none: its pair adds nothing. An id that a token names
+    twice counts twice.
+
+    Args:
+        hidden_states: {..., d} floats.
+        selected_experts: int {..., top_expert}, with the leading axes of `hidden_states`.
+        scores: float {..., top_expert}.
+        experts: a pytree with an `expert` axis and a call.
+        algorithm: `auto`, `per_token`, `dense` or `grouped`.
+        token_mask: bool {...}; tokens that are False get zeros.
+
+    Returns:
+        {..., d} with the dtype of `hidden_states`.
+
+    Raises:
+        ValueError: axes or sizes do not fit, or the experts hold no arrays.
+        TypeError: ids are not integers, or scores not floats.
+    """
+    layer = Call.of(experts, hidden_states, selected_experts, "top_expert", token_mask)
+    other = Call.of(experts, hidden_states, scores, "top_expert", token_mask)
+    ids, weights = layer.per_token, other.per_token
+    if not jnp.issubdtype(ids.dtype, jnp.integer):
+        raise TypeError(f"selected_experts must be integers, got {ids.dtype}")
+    if not jnp.issubdtype(weights.dtype, jnp.floating):
+        raise TypeError(f"scores must be floats, got {weights.dtype}")
+    if ids.sizes != weights.sizes:
+        raise ValueError(
+            f"selected_experts and scores must have the same sizes, got {ids} and {weights}"
+        )
+    num_experts = _count_experts(layer.experts)
+    if layer.mask is not None:
+        keep = layer.mask.array[:, None]
+        ids = ids.map(lambda i: jnp.where(keep, i, num_experts))
+    name = _algorithm(algorithm, layer.num_tokens, num_experts, ids.size("top_expert"), None)
+    routing = Routing(ids.astype(jnp.int32), weights.astype(jnp.float32))
+    return layer.restore(dispatch.EXACT[name](layer.experts, layer.x, routing, num_experts))
+
+
+def _router(normalization: Normalization) -> Router:
+    if isinstance(normalization, Router):
+        return normalization
+    if normalization not in _NORMALIZATIONS:
+        raise ValueError(
+            f"normalization must be one of {tuple(_NORMALIZATIONS)} or a Router, "
+            f"got {normalization!r}"
+        )
+    return _NORMALIZATIONS[normalization]
+
+
+def _algorithm(
+    choice: str, num_tokens: int, num_experts: int, experts_per_token: int, ratio: float | None
+) -> str:
+    """Resolves `auto` and checks a named algorithm against the other options."""
+    if ratio is not None:
+        dispatch.token_budget(num_tokens, num_experts, experts_per_token, ratio)
+    if choice == "auto":
+        return dispatch.choose_algorithm(num_tokens, num_experts, experts_per_token, ratio)
+    if choice not in ALGORITHMS:
+        raise ValueError(f"algorithm must be 'auto' or one of {ALGORITHMS}, got {choice!r}")
+    if choice == "fixed_budget" and ratio is None:
+        raise ValueError("algorithm 'fixed_budget' needs tokens_per_expert_ratio, got None")
+    return choice
+
+
+def _count_experts(experts: Any) -> int:
+    """The number of experts, from the first array of the experts."""
+    leaves = jax.tree.leaves(experts, is_leaf=is_tagged)
+    if not leaves:
+        raise ValueError("the experts hold no arrays, so that their number is unknown")
+    first = leaves[0]
+    count = first.size("expert") if is_tagged(first) else jnp.shape(first)[0]
+    check_experts(experts, count)
+    return count

@@ -1,0 +1,211 @@
+"""Which experts a token goes to, and with what weights.
+
+A router is data: `Router` says how logits become scores, whether the scores are taken before or
+after the top-k, and whether the chosen weights are renormalised. Everything is computed in float32.
+
+References:
+    gpt-oss: softmax over the chosen logits. https://arxiv.org/abs/2508.10925
+    Mixtral: the same. https://arxiv.org/abs/2401.04088
+    DeepSeek-V2, V3: group-limited selection, sigmoid scores, a bias that only selects.
+        https://arxiv.org/abs/2405.04434, https://arxiv.org/abs/2412.19437
+    BASE layers: centroids, one expert, sigmoid. https://arxiv.org/abs/2103.16716
+"""
+
+import dataclasses
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.tagged import Tagged
+
+
+def _check_choice(name: str, value: Any, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {choices}, got {value!r}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Router:
+    """How logits become routing weights.
+
+    Attributes:
+        score: `softmax` over experts, `sigmoid` of each, or `linear`: the gating itself, which
+            must not be negative (a token with a negative chosen gating gets NaN).
+        order: `after_top_k` selects by the logits and scores the chosen ones;
+            `before_top_k` scores all experts and selects by score.
+        renormalize: whether the chosen weights are divided by their sum.
+        scale: a factor on the weights.
+        num_groups: experts are split into this many equal groups, in order ...
+        groups_per_token: ... and a token may only use experts of its best groups.
+        group_score: a group's worth: its best expert (`max`) or its best two (`top2_sum`).
+    """
+
+    score: Literal["softmax", "sigmoid", "linear"] = "softmax"
+    order: Literal["after_top_k", "before_top_k"] = "after_top_k"
+    renormalize: bool = False
+    scale: float = 1.0
+    num_groups: int = 1
+    groups_per_token: int = 1
+    group_score: Literal["max", "top2_sum"] = "max"
+
+    def __post_init__(self) -> None:
+        _check_choice("score", self.score, ("softmax", "sigmoid", "linear"))
+        _check_choice("order", self.order, ("after_top_k", "before_top_k"))
+        _check_choice("group_score", self.group_score, ("max", "top2_sum"))
+        if not 1 <= self.groups_per_token <= self.num_groups:
+            raise ValueError(
+                f"groups_per_token must be between 1 and num_groups={self.num_groups}, "
+                f"got {self.groups_per_token}"
+            )
+
+
+LINEAR_ROUTER = Router(score="linear", renormalize=True)
+"""Non-negative gating, divided by the sum over the chosen experts."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Routing:
+    """The outcome of routing.
+
+    Attributes:
+        ids: int32 {..., top_expert}. An id outside the experts stands for none.
+        weights: float32 {..., top_expert}.
+    """
+
+    ids: Tagged
+    weights: Tagged
+
+
+def router_logits(x: Tagged, weight: Tagged, bias: Tagged | None = None) -> Tagged:
+    """Logits {..., expert} in float32 of x {..., d}, weight {expert, d} and bias {expert}.
+
+    Without a bias the rows of `weight` are centroids, and the logits are affinities.
+    """
+    logits = x.astype(jnp.float32).dot(
+        weight.astype(jnp.float32), "d", precision=jax.lax.Precision.HIGHEST
+    )
+    return logits if bias is None else logits + bias.astype(jnp.float32)
+
+
+def route(
+    logits: Tagged,
+    experts_per_token: int,
+    router: Router = Router(),  # noqa: B008 - frozen
+    *,
+    selection_bias: Tagged | None = None,
+    token_mask: Tagged | None = None,
+) -> Routing:
+    """Chooses experts and weighs them.
+
+    Of equal logits the expert with the lowest index wins. A token whose logits are all -inf gets
+    weights 0; a NaN among the logits makes the token's weights NaN.
+
+    Args:
+        logits: {..., expert}, any float type.
+        experts_per_token: how many experts a token is sent to.
+        router: how logits become weights.
+        selection_bias: {expert}; added to what selects, not to what weighs.
+        token_mask: bool {...}; tokens that are False get no expert: id `num_experts`, weight 0.
+
+    Returns:
+        Routing with ids and weights {..., top_expert}, best first.
+
+    Raises:
+        ValueError: sizes or axes do not fit.
+    """
+    num_experts = logits.size("expert")
+    check_experts_per_token(experts_per_token, num_experts)
+    logits = logits.astype(jnp.float32)
+    chosen = selection_scores(logits, router, selection_bias)
+    _, ids = chosen.top_k(experts_per_token, "expert", "top_expert")
+    weights = routing_weights(logits, ids, None, router)
+    if token_mask is not None:
+        keep = token_mask.expand_to(ids)
+        ids = ids.map(lambda i: jnp.where(keep, i, num_experts))
+        weights = weights.map(lambda w: jnp.where(keep, w, 0.0))
+    return Routing(ids, weights)
+
+
+def selection_scores(
+    logits: Tagged, router: Router, selection_bias: Tagged | None = None
+) -> Tagged:
+    """What experts are selected by, {..., expert}; -inf for experts of groups not chosen."""
+    scores = logits if router.order == "after_top_k" else expert_scores(logits, router)
+    if selection_bias is not None:
+        scores = scores + selection_bias.astype(jnp.float32)
+    return scores if router.num_groups == 1 else _limit_groups(scores, router)
+
+
+def expert_scores(logits: Tagged, router: Router) -> Tagged:
+    """The router's score of every expert, float32 {..., expert}."""
+    rest = tuple(n for n in logits.axes if n != "expert")
+    ordered = logits.astype(jnp.float32).order(*rest, "expert")
+    return ordered.map(lambda array: _score(array, None, router))
+
+
+def routing_weights(logits: Tagged, ids: Tagged, valid: Tagged | None, router: Router) -> Tagged:
+    """Weights {..., top_expert} of the experts `ids`; 0 where `valid` is False."""
+    rest = tuple(n for n in ids.axes if n != "top_expert")
+    index = ids.untag(*rest, "top_expert")
+    mask = None if valid is None else valid.untag(*rest, "top_expert")
+    source = logits.untag(*rest, "expert")
+    if router.order == "after_top_k":
+        weights = _score(jnp.take_along_axis(source, index, axis=-1), mask, router)
+    else:
+        weights = jnp.take_along_axis(_score(source, None, router), index, axis=-1)
+        if mask is not None:
+            weights = jnp.where(mask, weights, 0.0)
+    if router.score == "linear":
+        weights = jnp.where(weights < 0, jnp.nan, weights)
+    if router.renormalize:
+        total = weights.sum(-1, keepdims=True)
+        empty = total == 0
+        weights = jnp.where(empty, 0.0, weights / jnp.where(empty, 1.0, total))
+    return Tagged(weights * router.scale, (*rest, "top_expert"))
+
+
+def check_experts_per_token(experts_per_token: Any, num_experts: int) -> None:
+    """Raises TypeError or ValueError unless it is an int between 1 and `num_experts`."""
+    if not isinstance(experts_per_token, int) or isinstance(experts_per_token, bool):
+        raise TypeError(f"experts_per_token must be an int, got {experts_per_token!r}")
+    if not 1 <= experts_per_token <= num_experts:
+        raise ValueError(
+            f"experts_per_token must be between 1 and the number of experts {num_experts}, "
+            f"got {experts_per_token}"
+        )
+
+
+def _score(values: jax.Array, valid: jax.Array | None, router: Router) -> jax.Array:
+    """Scores over the last axis, 0 where not `valid`."""
+    if router.score == "softmax":
+        if valid is not None:
+            values = jnp.where(valid, values, -jnp.inf)
+        return _softmax(values)
+    scores = jax.nn.sigmoid(values) if router.score == "sigmoid" else values
+    return scores if valid is None else jnp.where(valid, scores, 0.0)
+
+
+def _softmax(values: jax.Array) -> jax.Array:
+    """Softmax over the last axis; 0, with gradient 0, where all are -inf."""
+    empty = (values == -jnp.inf).all(-1, keepdims=True)
+    return jnp.where(empty, 0.0, jax.nn.softmax(jnp.where(empty, 0.0, values), axis=-1))
+
+
+def _limit_groups(scores: Tagged, router: Router) -> Tagged:
+    """Sets scores outside the best groups of each token to -inf."""
+    num_experts = scores.size("expert")
+    if num_experts % router.num_groups:
+        raise ValueError(
+            f"num_groups={router.num_groups} must divide the number of experts {num_experts}"
+        )
+    rest = tuple(n for n in scores.axes if n != "expert")
+    grouped = scores.order(*rest, "expert").split("expert", group=router.num_groups, member=-1)
+    size = grouped.size("member")
+    count = 1 if router.group_score == "max" else min(2, size)
+    worth = grouped.top_k(count, "member", "best")[0].sum("best")
+    _, best = worth.top_k(router.groups_per_token, "group", "chosen")
+    allowed = jax.nn.one_hot(best.array, router.num_groups, dtype=jnp.bool_).any(-2)
+    limited = jnp.where(allowed[..., None], grouped.array, -jnp.inf)
+    return Tagged(limited, grouped.axes).merge(("group", "member"), "expert")
