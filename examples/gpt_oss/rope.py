@@ -10,10 +10,8 @@ References:
     YaRN, https://arxiv.org/abs/2309.00071
 """
 
-import dataclasses
 import math
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -50,49 +48,39 @@ def _ramp_ends(head_dim: int, theta: float, scaling: YarnScaling) -> tuple[float
     return first, last if last != first else last + 0.001
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class RotaryEmbedding:
-    """Turns queries and keys by the angles of their positions.
+def cos_sin(config: GptOssConfig, positions: Tagged) -> tuple[Tagged, Tagged]:
+    """Cosine and sine, float32 {..., pair}, of int32 positions {...}, times YaRN's factor.
 
-    Attributes:
-        low: complex128 [256, hd / 2], unit vectors at the angles of 0, 1, 2, ...
-        high: complex128 [n, hd / 2], those of 0, 256, 512, ..., times YaRN's factor.
+    Positions must lie below `max_position_embeddings`.
     """
-
-    low: np.ndarray
-    high: np.ndarray
-
-    @classmethod
-    def from_config(cls, config: GptOssConfig) -> "RotaryEmbedding":
-        angles = frequencies(config)
-        factor = config.rope_scaling.cosine_factor if config.rope_scaling else 1.0
-        count = -(-config.max_position_embeddings // _LOW)
-        low = np.exp(1j * np.arange(_LOW)[:, None] * angles)
-        high = factor * np.exp(1j * (_LOW * np.arange(count))[:, None] * angles)
-        return cls(low, high)
-
-    def cos_sin(self, positions: Tagged) -> tuple[Tagged, Tagged]:
-        """Cosine and sine, float32 {..., pair}, of int32 positions {...}."""
-        low = positions.map(lambda p: p % _LOW)
-        high = positions.map(lambda p: p // _LOW)
-        cos_l, sin_l = _parts(self.low, low)
-        cos_h, sin_h = _parts(self.high, high)
-        return cos_h * cos_l - sin_h * sin_l, sin_h * cos_l + cos_h * sin_l
-
-    def __call__(self, x: Tagged, cos_sin: tuple[Tagged, Tagged]) -> Tagged:
-        """Turns x {..., hd}; feature i is paired with feature i + hd / 2. Keeps the dtype."""
-        cos, sin = cos_sin
-        rest = tuple(axis for axis in x.axes if axis != "hd")
-        halves = x.order(*rest, "hd").astype(jnp.float32).split("hd", half=2, pair=-1)
-        first, second = halves.take(0, "half"), halves.take(1, "half")
-        turned = first * cos - second * sin, second * cos + first * sin
-        joined = jnp.concatenate([part.untag(*rest, "pair") for part in turned], axis=-1)
-        return tag(joined, *rest, "hd").order(*x.axes).astype(x.dtype)
+    step = frequencies(config)
+    factor = config.rope_scaling.cosine_factor if config.rope_scaling else 1.0
+    count = -(-config.max_position_embeddings // _LOW)
+    low = np.arange(min(_LOW, config.max_position_embeddings))[:, None] * step
+    high = _LOW * np.arange(count)[:, None] * step
+    cos_low, sin_low = _rows(np.exp(1j * low), positions.map(lambda p: p % _LOW))
+    cos_high, sin_high = _rows(factor * np.exp(1j * high), positions.map(lambda p: p // _LOW))
+    return cos_high * cos_low - sin_high * sin_low, sin_high * cos_low + cos_high * sin_low
 
 
-def _parts(table: np.ndarray, index: Tagged) -> tuple[Tagged, Tagged]:
+def rotate(x: Tagged, angles: tuple[Tagged, Tagged]) -> Tagged:
+    """Turns x {..., hd} by the angles of `cos_sin`; feature i is paired with i + hd / 2.
+
+    Computed in float32; the result has the dtype of x.
+    """
+    cos, sin = angles
+    rest = tuple(axis for axis in x.axes if axis != "hd")
+    halves = x.order(*rest, "hd").astype(jnp.float32).split("hd", half=2, pair=-1)
+    first, second = halves.take(0, "half"), halves.take(1, "half")
+    turned = first * cos - second * sin, second * cos + first * sin
+    joined = jnp.concatenate([part.untag(*rest, "pair") for part in turned], axis=-1)
+    return tag(joined, *rest, "hd").order(*x.axes).astype(x.dtype)
+
+
+def _rows(table: np.ndarray, index: Tagged) -> tuple[Tagged, Tagged]:
+    """Real and imaginary parts, float32 {..., pair}, of the rows {...} of a complex table."""
+
     def pick(part: np.ndarray) -> Tagged:
-        array: jax.Array = jnp.asarray(part, jnp.float32)
-        return tag(array, "row", "pair").take(index, "row")
+        return tag(jnp.asarray(part, jnp.float32), "row", "pair").take(index, "row")
 
     return pick(table.real), pick(table.imag)

@@ -1,0 +1,334 @@
+"""The gpt-oss transformer: attention with sinks and mixture-of-experts blocks.
+
+A model is built from a function that gives each parameter by its Hugging Face name, so reading a
+checkpoint, random initialisation and abstract shapes are the same declaration:
+
+    model = GptOss(config, parameters)
+    logits = model(tokens)                          # {b, s} -> {b, s, voc}, no cache
+    logits, cache = model.step(tokens, cache)       # {b, s} -> {b, voc}, with a cache
+
+Weights keep their dtype and are cast to the compute dtype where they are used. Normalisation,
+softmax and routing are float32 always, and so are the logits.
+
+References:
+    gpt-oss, https://arxiv.org/abs/2508.10925
+    RMSNorm, https://arxiv.org/abs/1910.07467
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+
+from gpt_oss.attention import attend, attend_causally
+from gpt_oss.cache import Cache, FullCache, RingCache, Span
+from gpt_oss.config import GptOssConfig
+from gpt_oss.rope import cos_sin, rotate
+from moe_jax import GPT_OSS_ACTIVATION, BlockScaled, GptOssMLP, MoE, RouterStatistics, Tagged, tag
+
+type Parameters = Callable[[str], Any]
+"""Gives a parameter, `Tagged` or `BlockScaled`, by its Hugging Face name."""
+
+type LayerCache = FullCache | RingCache
+type Angles = tuple[Tagged, Tagged]
+
+
+class RMSNorm(nnx.Module):
+    """Divides by the root mean square, in float32; the result has the dtype of the input.
+
+    Attributes:
+        weight: Param of {d}.
+        epsilon: added to the mean square.
+    """
+
+    def __init__(self, weight: Tagged, epsilon: float) -> None:
+        self.weight = nnx.Param(weight)
+        self.epsilon = epsilon
+
+    def __call__(self, x: Tagged) -> Tagged:
+        """{..., d} -> {..., d}."""
+        wide = x.astype(jnp.float32)
+        square = (wide * wide).sum("d") * (1.0 / x.size("d"))
+        scale = square.map(lambda s: lax.rsqrt(s + self.epsilon))
+        return (wide * scale * self.weight.get_value().astype(jnp.float32)).astype(x.dtype)
+
+
+class Linear(nnx.Module):
+    """x w^T + bias.
+
+    Attributes:
+        weight: Param of {out, in}, whatever the two axes are called.
+        bias: Param of {out}, or None.
+    """
+
+    def __init__(self, weight: Tagged, bias: Tagged | None = None) -> None:
+        self.weight = nnx.Param(weight)
+        self.bias = None if bias is None else nnx.Param(bias)
+
+    def __call__(self, x: Tagged, over: str, preferred_element_type: Any = None) -> Tagged:
+        """Multiplies over the axis `over`; the result has the dtype of x unless one is named."""
+        y = x.dot(
+            self.weight.get_value().astype(x.dtype),
+            over,
+            preferred_element_type=preferred_element_type,
+            precision=lax.Precision.HIGHEST,
+        )
+        return y if self.bias is None else y + self.bias.get_value().astype(y.dtype)
+
+
+class Attention(nnx.Module):
+    """Grouped-query attention with rotary positions, sinks and, in sliding layers, a window.
+
+    Attributes:
+        q_proj, k_proj, v_proj, o_proj: `Linear`, all with a bias.
+        sinks: Param of {h}.
+        window: keys a query sees, or None for all before it.
+        head_dim: features of a head.
+    """
+
+    def __init__(self, config: GptOssConfig, parameters: Parameters, layer: int) -> None:
+        prefix = f"model.layers.{layer}.self_attn."
+
+        def linear(name: str) -> Linear:
+            stem = f"{prefix}{name}"
+            return Linear(parameters(f"{stem}.weight"), parameters(f"{stem}.bias"))
+
+        self.q_proj, self.k_proj = linear("q_proj"), linear("k_proj")
+        self.v_proj, self.o_proj = linear("v_proj"), linear("o_proj")
+        self.sinks = nnx.Param(parameters(f"{prefix}sinks"))
+        self.window = config.window(layer)
+        self.head_dim = config.head_dim
+
+    def __call__(
+        self,
+        x: Tagged,
+        angles: Angles,
+        cache: LayerCache | None = None,
+        span: Span | None = None,
+        reach: int | None = None,
+    ) -> tuple[Tagged, LayerCache | None]:
+        """{b, s, d} -> {b, s, d} and the extended cache, if there was one."""
+        q = self.q_proj(x, "d").split("h_hd", h=-1, hd=self.head_dim)
+        k = self.k_proj(x, "d").split("kv_hd", kv=-1, hd=self.head_dim)
+        v = self.v_proj(x, "d").split("kv_hd", kv=-1, hd=self.head_dim)
+        q, k = rotate(q, angles).rename(s="q"), rotate(k, angles)
+        k, v = (part.rename(s="k").order("b", "kv", "k", "hd") for part in (k, v))
+        sinks = self.sinks.get_value()
+        if cache is None or span is None:
+            out = attend_causally(q, k, v, sinks, self.window)
+        else:
+            seen, cache = cache.extend(k, v, span, reach)
+            at = span.positions(q.size("q")).rename(s="q")
+            out = attend(q, seen.keys, seen.values, sinks, at, seen.positions, self.window)
+        out = out.rename(q="s").order("b", "s", "h", "hd").merge(("h", "hd"), "h_hd")
+        return self.o_proj(out, "h_hd"), cache
+
+
+class Block(nnx.Module):
+    """One layer: attention, then the mixture of experts, each normalised and added.
+
+    Attributes:
+        input_layernorm, post_attention_layernorm: `RMSNorm`.
+        self_attn: `Attention`.
+        mlp: `moe_jax.MoE` of `GptOssMLP` experts.
+    """
+
+    def __init__(
+        self, config: GptOssConfig, parameters: Parameters, layer: int, **moe_options: Any
+    ) -> None:
+        prefix = f"model.layers.{layer}."
+
+        def norm(name: str) -> RMSNorm:
+            return RMSNorm(parameters(f"{prefix}{name}.weight"), config.rms_norm_eps)
+
+        self.input_layernorm = norm("input_layernorm")
+        self.self_attn = Attention(config, parameters, layer)
+        self.post_attention_layernorm = norm("post_attention_layernorm")
+        self.mlp = _mixture(config, parameters, f"{prefix}mlp.", **moe_options)
+
+    def attend(
+        self,
+        x: Tagged,
+        angles: Angles,
+        cache: LayerCache | None = None,
+        span: Span | None = None,
+        reach: int | None = None,
+    ) -> tuple[Tagged, LayerCache | None]:
+        """The attention half: {b, s, d} -> {b, s, d} and the extended cache."""
+        with jax.named_scope("attention"):
+            y, cache = self.self_attn(self.input_layernorm(x), angles, cache, span, reach)
+            return x + y, cache
+
+    def mix(self, x: Tagged, token_mask: Tagged | None = None) -> Tagged:
+        """The experts half: {b, s, d} -> {b, s, d}; masked tokens take no expert's room."""
+        with jax.named_scope("experts"):
+            return x + self.mlp(self.post_attention_layernorm(x), token_mask=token_mask)
+
+    def mix_with_statistics(
+        self, x: Tagged, token_mask: Tagged | None = None
+    ) -> tuple[Tagged, RouterStatistics]:
+        """The same, and the router's losses and counts."""
+        with jax.named_scope("experts"):
+            y, statistics = self.mlp.with_statistics(
+                self.post_attention_layernorm(x), token_mask=token_mask
+            )
+            return x + y, statistics
+
+
+class GptOss(nnx.Module):
+    """A gpt-oss model.
+
+    Attributes:
+        embed_tokens: Param of {voc, d}.
+        layers: list of `Block`.
+        norm: `RMSNorm`.
+        lm_head: `Linear` of {voc, d}.
+        config: its shape.
+        dtype: what it computes in.
+    """
+
+    def __init__(
+        self,
+        config: GptOssConfig,
+        parameters: Parameters,
+        *,
+        dtype: Any = jnp.bfloat16,
+        **moe_options: Any,
+    ) -> None:
+        """Asks `parameters` for each tensor once.
+
+        Args:
+            config: the shape.
+            parameters: gives a tensor by its Hugging Face name; experts' projections (for example
+                `model.layers.0.mlp.experts.gate_up_proj`) may be `BlockScaled`.
+            dtype: what to compute in, float32 or bfloat16.
+            moe_options: `algorithm`, `tokens_per_expert_ratio`, `overflow` of `moe_jax.MoE`.
+
+        Raises:
+            ValueError: `dtype` is another, or a parameter does not have the shape `config` says.
+        """
+        if dtype not in (jnp.float32, jnp.bfloat16):
+            raise ValueError(f"dtype must be float32 or bfloat16, got {dtype}")
+        self.config = config
+        self.dtype = jnp.dtype(dtype)
+        self.embed_tokens = nnx.Param(parameters("model.embed_tokens.weight"))
+        self.layers = nnx.List(
+            Block(config, parameters, layer, **moe_options)
+            for layer in range(config.num_hidden_layers)
+        )
+        self.norm = RMSNorm(parameters("model.norm.weight"), config.rms_norm_eps)
+        self.lm_head = Linear(parameters("lm_head.weight"))
+
+    def __call__(self, tokens: Tagged, *, token_mask: Tagged | None = None) -> Tagged:
+        """Logits of what follows each token, without a cache.
+
+        Args:
+            tokens: int32 {b, s}, from position 0; padding, if any, on the right.
+            token_mask: bool {b, s}; tokens that are False take no expert's room.
+
+        Returns:
+            float32 {b, s, voc}.
+        """
+        x, angles = self._begin(tokens, None)
+        for index, block in enumerate(self.layers):
+            with jax.named_scope(f"layer_{index}"):
+                x = block.mix(block.attend(x, angles)[0], token_mask)
+        return self._logits(x)
+
+    def with_statistics(
+        self, tokens: Tagged, *, token_mask: Tagged | None = None
+    ) -> tuple[Tagged, list[RouterStatistics]]:
+        """Logits as from a call, and the router's losses and counts of each block."""
+        x, angles = self._begin(tokens, None)
+        collected = []
+        for index, block in enumerate(self.layers):
+            with jax.named_scope(f"layer_{index}"):
+                x, statistics = block.mix_with_statistics(block.attend(x, angles)[0], token_mask)
+                collected.append(statistics)
+        return self._logits(x), collected
+
+    def step(
+        self,
+        tokens: Tagged,
+        cache: Cache,
+        *,
+        count: Tagged | None = None,
+        reach: int | None = None,
+    ) -> tuple[Tagged, Cache]:
+        """Continues each row of the cache with new tokens.
+
+        The caller sees to it that no row passes the cache's context: what lies beyond is not
+        written, and cannot raise inside jit.
+
+        Args:
+            tokens: int32 {b, s}; a row's padding is on the right.
+            cache: what came before.
+            count: int32 {b}, how many of a row's tokens are real; None for all.
+            reach: full layers attend to positions below this only, which every row must stay
+                below; None for the whole context. Static: each value compiles anew.
+
+        Returns:
+            Logits after each row's last real token, float32 {b, voc}, and the extended cache. A
+            row without a real token gets logits that mean nothing.
+        """
+        size = tokens.size("s")
+        mask = None
+        if count is None:
+            span = Span(cache.lengths, cache.lengths.map(lambda n: jnp.full_like(n, size)))
+        else:
+            span = Span(cache.lengths, count)
+            mask = span.real(size)
+        x, angles = self._begin(tokens, span)
+        layers = []
+        for index, (block, held) in enumerate(zip(self.layers, cache.layers, strict=True)):
+            with jax.named_scope(f"layer_{index}"):
+                x, held = block.attend(x, angles, held, span, reach)
+                x = block.mix(x, mask)
+                layers.append(held)
+        last = jnp.maximum(span.count.untag("b") - 1, 0)[:, None, None]
+        x = tag(jnp.take_along_axis(x.untag("b", "s", "d"), last, axis=1)[:, 0], "b", "d")
+        return self._logits(x), Cache(tuple(layers), span.start + span.count)
+
+    def empty_cache(self, batch: int, context: int) -> Cache:
+        """A cache in the compute dtype; see `Cache.empty`."""
+        return Cache.empty(self.config, batch, context, self.dtype)
+
+    def _begin(self, tokens: Tagged, span: Span | None) -> tuple[Tagged, Angles]:
+        """Embeddings {b, s, d} in the compute dtype, and the rotary angles of the positions."""
+        x = self.embed_tokens.get_value().take(tokens.order("b", "s"), "voc").astype(self.dtype)
+        size = tokens.size("s")
+        if span is None:
+            positions = tag(jnp.arange(size, dtype=jnp.int32), "s")
+        else:
+            positions = span.positions(size)
+        return x, cos_sin(self.config, positions)
+
+    def _logits(self, x: Tagged) -> Tagged:
+        with jax.named_scope("lm_head"):
+            return self.lm_head(self.norm(x), "d", jnp.float32)
+
+
+def _mixture(config: GptOssConfig, parameters: Parameters, prefix: str, **options: Any) -> MoE:
+    activation = dataclasses.replace(
+        GPT_OSS_ACTIVATION, alpha=config.swiglu_alpha, limit=config.swiglu_limit
+    )
+    experts = f"{prefix}experts."
+    gate_up: Tagged | BlockScaled = parameters(f"{experts}gate_up_proj")
+    down: Tagged | BlockScaled = parameters(f"{experts}down_proj")
+    return MoE(
+        GptOssMLP(
+            gate_up,
+            parameters(f"{experts}gate_up_proj_bias"),
+            down,
+            parameters(f"{experts}down_proj_bias"),
+            activation,
+        ),
+        parameters(f"{prefix}router.weight"),
+        parameters(f"{prefix}router.bias"),
+        experts_per_token=config.experts_per_token,
+        **options,
+    )
