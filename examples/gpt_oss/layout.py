@@ -1,19 +1,17 @@
-"""Every parameter of a gpt-oss model: name, axes, shape and how it starts.
+"""The parameters of a gpt-oss model: their names in checkpoints, axes, shapes and first values.
 
-The table is in floats. Where experts are stored as MXFP4, the entry `X` stands for the two tensors
-`X_blocks` {expert, out, block, byte} and `X_scales` {expert, out, block}.
+Loading, random initialisation, writing and sharding all go by this one list. It is the float view:
+where an experts' weight is stored in MXFP4, two tensors, with `_blocks` and `_scales` after the
+name, stand for it.
 """
 
 import dataclasses
-import zlib
-from collections.abc import Callable
-from typing import Any, Literal
-
-import jax
-import jax.numpy as jnp
+from collections.abc import Iterator
+from typing import Literal
 
 from gpt_oss.config import GptOssConfig
-from moe_jax.tagged import Tagged, tag
+
+type Init = Literal["normal", "ones", "zeros"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -21,89 +19,65 @@ class ParameterSpec:
     """One parameter.
 
     Attributes:
-        name: its Hugging Face name.
-        axes: names of its axes, in the checkpoint's order. Merged axes name the slowest first:
-            `h_hd` is heads x head_dim.
-        shape: sizes of the axes.
-        init: how it starts; `normal` has the configuration's `initializer_range`.
+        name: its name in Hugging Face checkpoints.
+        axes: axis tags, slowest first.
+        shape: the size of each axis.
+        init: how random initialisation fills it: "normal" has the standard deviation
+            `GptOssConfig.initializer_range`.
     """
 
     name: str
     axes: tuple[str, ...]
     shape: tuple[int, ...]
-    init: Literal["normal", "ones", "zeros"]
+    init: Init
+
+    @property
+    def is_expert_weight(self) -> bool:
+        """Whether it is one of the matrices that checkpoints may hold in MXFP4."""
+        return self.axes == ("expert", "out", "in")
 
 
 def parameter_specs(config: GptOssConfig) -> dict[str, ParameterSpec]:
-    """All parameters by name: layer by layer, then what stands outside of layers."""
-    specs = []
-    for layer in range(config.num_hidden_layers):
-        specs += _layer_specs(config, f"model.layers.{layer}.")
+    """Every parameter of the model by name, in the order of the forward pass."""
     table = (config.vocab_size, config.hidden_size)
-    specs += [
-        ParameterSpec("model.embed_tokens.weight", ("voc", "d"), table, "normal"),
-        ParameterSpec("model.norm.weight", ("d",), (config.hidden_size,), "ones"),
-        ParameterSpec("lm_head.weight", ("voc", "d"), table, "normal"),
-    ]
+    specs = [ParameterSpec("model.embed_tokens.weight", ("voc", "d"), table, "normal")]
+    for layer in range(config.num_hidden_layers):
+        prefix = f"model.layers.{layer}."
+        for part in (*_attention_specs(config), *_experts_specs(config)):
+            specs.append(dataclasses.replace(part, name=prefix + part.name))
+    specs.append(_norm("model.norm.weight", config))
+    specs.append(ParameterSpec("lm_head.weight", ("voc", "d"), table, "normal"))
     return {spec.name: spec for spec in specs}
 
 
-def _layer_specs(config: GptOssConfig, prefix: str) -> list[ParameterSpec]:
-    d, inner, experts = config.hidden_size, config.intermediate_size, config.num_experts
-    heads = config.num_attention_heads
-    h_hd, kv_hd = heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    table: dict[str, tuple[tuple[str, ...], tuple[int, ...], Literal["normal", "ones", "zeros"]]]
-    table = {
-        "input_layernorm.weight": (("d",), (d,), "ones"),
-        "post_attention_layernorm.weight": (("d",), (d,), "ones"),
-        "self_attn.q_proj.weight": (("h_hd", "d"), (h_hd, d), "normal"),
-        "self_attn.q_proj.bias": (("h_hd",), (h_hd,), "zeros"),
-        "self_attn.k_proj.weight": (("kv_hd", "d"), (kv_hd, d), "normal"),
-        "self_attn.k_proj.bias": (("kv_hd",), (kv_hd,), "zeros"),
-        "self_attn.v_proj.weight": (("kv_hd", "d"), (kv_hd, d), "normal"),
-        "self_attn.v_proj.bias": (("kv_hd",), (kv_hd,), "zeros"),
-        "self_attn.o_proj.weight": (("d", "h_hd"), (d, h_hd), "normal"),
-        "self_attn.o_proj.bias": (("d",), (d,), "zeros"),
-        "self_attn.sinks": (("h",), (heads,), "zeros"),
-        "mlp.router.weight": (("expert", "d"), (experts, d), "normal"),
-        "mlp.router.bias": (("expert",), (experts,), "zeros"),
-        "mlp.experts.gate_up_proj": (("expert", "out", "in"), (experts, 2 * inner, d), "normal"),
-        "mlp.experts.gate_up_proj_bias": (("expert", "out"), (experts, 2 * inner), "zeros"),
-        "mlp.experts.down_proj": (("expert", "out", "in"), (experts, d, inner), "normal"),
-        "mlp.experts.down_proj_bias": (("expert", "out"), (experts, d), "zeros"),
+def _norm(name: str, config: GptOssConfig) -> ParameterSpec:
+    return ParameterSpec(name, ("d",), (config.hidden_size,), "ones")
+
+
+def _attention_specs(config: GptOssConfig) -> Iterator[ParameterSpec]:
+    hidden, heads = config.hidden_size, config.num_attention_heads
+    widths = {
+        "h_hd": heads * config.head_dim,
+        "kv_hd": config.num_key_value_heads * config.head_dim,
     }
-    return [ParameterSpec(prefix + name, *entry) for name, entry in table.items()]
+    yield _norm("input_layernorm.weight", config)
+    for part, axis in (("q", "h_hd"), ("k", "kv_hd"), ("v", "kv_hd")):
+        name = f"self_attn.{part}_proj."
+        yield ParameterSpec(name + "weight", (axis, "d"), (widths[axis], hidden), "normal")
+        yield ParameterSpec(name + "bias", (axis,), (widths[axis],), "zeros")
+    yield ParameterSpec("self_attn.sinks", ("h",), (heads,), "normal")
+    yield ParameterSpec(
+        "self_attn.o_proj.weight", ("d", "h_hd"), (hidden, widths["h_hd"]), "normal"
+    )
+    yield ParameterSpec("self_attn.o_proj.bias", ("d",), (hidden,), "zeros")
 
 
-def random_parameters(
-    config: GptOssConfig, seed: int, dtype: Any = jnp.bfloat16
-) -> Callable[[str], Tagged]:
-    """Gives random initial parameters by name.
-
-    A parameter depends on the seed, its name and its shape, not on the order of asking.
-
-    Raises:
-        KeyError: from the returned function, for a name the model does not have.
-    """
-    specs, key = parameter_specs(config), jax.random.key(seed)
-
-    def parameter(name: str) -> Tagged:
-        spec = specs[name]
-        if spec.init != "normal":
-            value = {"ones": 1.0, "zeros": 0.0}[spec.init]
-            return tag(jnp.full(spec.shape, value, dtype), *spec.axes)
-        own = jax.random.fold_in(key, zlib.crc32(name.encode()))
-        normal = jax.random.normal(own, spec.shape, jnp.float32) * config.initializer_range
-        return tag(normal.astype(dtype), *spec.axes)
-
-    return parameter
-
-
-def abstract_parameters(config: GptOssConfig, dtype: Any = jnp.bfloat16) -> Callable[[str], Tagged]:
-    """Gives shapes and dtypes by name, without memory behind them."""
-    specs = parameter_specs(config)
-
-    def parameter(name: str) -> Tagged:
-        return Tagged(jax.ShapeDtypeStruct(specs[name].shape, dtype), specs[name].axes)
-
-    return parameter
+def _experts_specs(config: GptOssConfig) -> Iterator[ParameterSpec]:
+    experts, hidden, inner = config.num_experts, config.hidden_size, config.intermediate_size
+    yield _norm("post_attention_layernorm.weight", config)
+    yield ParameterSpec("mlp.router.weight", ("expert", "d"), (experts, hidden), "normal")
+    yield ParameterSpec("mlp.router.bias", ("expert",), (experts,), "zeros")
+    for part, rows, columns in (("gate_up_proj", 2 * inner, hidden), ("down_proj", hidden, inner)):
+        name = f"mlp.experts.{part}"
+        yield ParameterSpec(name, ("expert", "out", "in"), (experts, rows, columns), "normal")
+        yield ParameterSpec(name + "_bias", ("expert", "out"), (experts, rows), "zeros")

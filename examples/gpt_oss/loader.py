@@ -1,0 +1,323 @@
+"""Loading a gpt-oss checkpoint: everything is checked first, then each tensor is read once.
+
+Experts in MXFP4 stay as they lie on disk, two arrays of bytes. The largest tensors are read first
+and each goes to its devices before the one after the next is read, so that loading never holds more
+than the weights and two tensors. With a mesh, every device reads only its own slices.
+"""
+
+import dataclasses
+import math
+import os
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from gpt_oss.config import GptOssConfig
+from gpt_oss.layout import ParameterSpec, parameter_specs
+from moe_jax.checkpoint import Checkpoint, CheckpointError
+from moe_jax.quantization.mxfp4 import BLOCK_SIZE, BlockScaled, leaf_rules
+from moe_jax.tagged import Rules, Tagged, tag
+
+if TYPE_CHECKING:
+    from gpt_oss.model import GptOss
+
+type Index = tuple[slice, ...]
+type Place = Callable[["Source"], jax.Array]
+
+_FLOATS = ("BF16", "F16", "F32")
+_EXPONENT_BITS = {"BF16": 0x7F80, "F16": 0x7C00, "F32": 0x7F800000}
+_MAX_SCALE = 252  # beyond it the largest code, 6, passes the largest float32; 255 is NaN
+_CHUNK = 1 << 20  # elements looked at together: their temporaries stay in the processor's cache
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """An array of the model and the checkpoint's tensor that it is read from.
+
+    Attributes:
+        name: the tensor's name in the checkpoint.
+        axes: axis tags of the array.
+        shape: the array's shape.
+        dtype: the array's dtype.
+        transposed: whether the tensor has the last two axes the other way round.
+        read: reads the slices of the array that an index asks for.
+    """
+
+    name: str
+    axes: tuple[str, ...]
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    transposed: bool
+    read: Callable[[Index], np.ndarray]
+
+
+def load(
+    folder: str | os.PathLike[str],
+    *,
+    dtype: Any = None,
+    mesh: Mesh | None = None,
+    rules: Rules | None = None,
+    progress: bool | None = None,
+) -> "GptOss":
+    """Loads a model from a folder in the layout of openai/gpt-oss-20b.
+
+    Experts' weights may be in MXFP4 (`..._blocks` and `..._scales`) or floats in the layout of the
+    transformers library, {expert, in, out}, which are transposed. Tensors the model does not know
+    are errors, because they mean that the configuration is not the checkpoint's.
+
+    Args:
+        folder: has config.json and model.safetensors, or the shards and their index.
+        dtype: float dtype of all weights that are not in MXFP4; None keeps the file's.
+        mesh: devices to spread the weights over; None puts them on the default device.
+        rules: axis tag -> mesh axis. Axes without a rule are on every device in full.
+        progress: whether to show a progress bar on stderr; None shows it on a terminal only.
+
+    Raises:
+        ConfigError: config.json is missing or has a value that is not supported.
+        CheckpointError: files are missing or damaged; or tensors are missing, unknown, or have
+            the wrong dtype or shape, all of them in one message; or a value is NaN or infinite.
+        ValueError: a mesh axis does not divide the axis that `rules` spread over it.
+    """
+    from gpt_oss.model import GptOss
+
+    config = GptOssConfig.from_folder(Path(folder))
+    if (mesh is None) != (rules is None):
+        raise ValueError("mesh and rules go together: give both or neither")
+    place = place_whole if mesh is None else place_sharded(mesh, rules or {})
+    shown = sys.stderr.isatty() if progress is None else progress
+    parameters = read_parameters(
+        Checkpoint.open(folder), config, dtype=dtype, place=place, progress=shown
+    )
+    return GptOss(config, parameters.__getitem__)
+
+
+def read_parameters(
+    checkpoint: Checkpoint,
+    config: GptOssConfig,
+    *,
+    dtype: Any = None,
+    place: Place | None = None,
+    progress: bool = False,
+) -> dict[str, Tagged | BlockScaled]:
+    """Reads every parameter of the model, by its name in `layout.parameter_specs`.
+
+    Args:
+        checkpoint: where from.
+        config: the model's shape, which the checkpoint must have.
+        dtype: float dtype of all weights that are not in MXFP4; None keeps the file's.
+        place: makes a device array of a `Source`; the default is `place_whole`.
+        progress: whether to show a progress bar on stderr.
+
+    Raises:
+        CheckpointError: as `load`.
+        TypeError: `dtype` is not a float dtype.
+    """
+    if dtype is not None and not jax.numpy.issubdtype(dtype, jax.numpy.floating):
+        raise TypeError(f"dtype must be a float dtype, got {dtype}: MXFP4 bytes are kept anyway")
+    specs = parameter_specs(config)
+    _validate(checkpoint, specs)
+    sources = {
+        source.name: source
+        for spec in specs.values()
+        for source in _sources(checkpoint, spec, dtype)
+    }
+    arrays = _place_all(checkpoint, sources, place or place_whole, progress)
+    return {name: _assemble(spec, arrays) for name, spec in specs.items()}
+
+
+def place_whole(source: Source) -> jax.Array:
+    """Puts a whole array on the default device."""
+    return jax.device_put(source.read((slice(None),) * len(source.shape)))
+
+
+def place_sharded(mesh: Mesh, rules: Rules) -> Place:
+    """Spreads arrays over a mesh by `rules`: axis tag -> mesh axis.
+
+    Blocks and scales of MXFP4 follow the rule of the axis "in" that they are cut from. Slices that
+    several devices hold are read once.
+    """
+    rules = leaf_rules(rules)
+
+    def place(source: Source) -> jax.Array:
+        spec = PartitionSpec(*(rules.get(axis) for axis in source.axes))
+        sharding = NamedSharding(mesh, spec)
+        _check_divisible(source, sharding)
+        slices: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
+
+        def read(index: Index | None) -> np.ndarray:
+            index = index or ()  # an array without axes
+            bounds = tuple(s.indices(n)[:2] for s, n in zip(index, source.shape, strict=True))
+            if bounds not in slices:
+                slices[bounds] = source.read(index)
+            return slices[bounds]
+
+        return jax.make_array_from_callback(source.shape, sharding, read, dtype=source.dtype)
+
+    return place
+
+
+def _check_divisible(source: Source, sharding: NamedSharding) -> None:
+    for axis, size, target in zip(source.axes, source.shape, sharding.spec, strict=True):
+        names = (target,) if isinstance(target, str) else target or ()
+        shards = math.prod(sharding.mesh.shape[name] for name in names)
+        if size % shards:
+            raise ValueError(
+                f"{source.name}: axis {axis!r} of size {size} cannot be split over {shards} "
+                f"devices of mesh axis {target!r}: choose a mesh whose size divides it"
+            )
+
+
+def _place_all(
+    checkpoint: Checkpoint, sources: dict[str, Source], place: Place, progress: bool
+) -> dict[str, jax.Array]:
+    arrays: dict[str, jax.Array] = {}
+    previous: jax.Array | None = None
+    for name in _largest_first(checkpoint, progress):
+        arrays[name] = place(sources[name])
+        if previous is not None:
+            previous.block_until_ready()  # frees the host's copy of it
+        previous = arrays[name]
+    return arrays
+
+
+def _largest_first(checkpoint: Checkpoint, progress: bool) -> Iterator[str]:
+    """Names of all tensors in the order of reading, counted on a progress bar."""
+    entries = sorted(checkpoint.tensors.values(), key=lambda entry: (-entry.nbytes, entry.name))
+    if not progress:
+        yield from (entry.name for entry in entries)
+        return
+    from tqdm import tqdm
+
+    with tqdm(total=checkpoint.nbytes, desc="Loading", unit="B", unit_scale=True) as bar:
+        for entry in entries:
+            yield entry.name
+            bar.update(entry.nbytes)
+
+
+def _assemble(spec: ParameterSpec, arrays: dict[str, jax.Array]) -> Tagged | BlockScaled:
+    if spec.name in arrays:
+        return tag(arrays[spec.name], *spec.axes)
+    expert, out, _ = spec.axes
+    return BlockScaled(
+        tag(arrays[spec.name + "_blocks"], expert, out, "block", "byte"),
+        tag(arrays[spec.name + "_scales"], expert, out, "block"),
+    )
+
+
+def _sources(checkpoint: Checkpoint, spec: ParameterSpec, dtype: Any) -> Iterator[Source]:
+    """What a parameter is read from: one tensor, or blocks and scales."""
+    if spec.name not in checkpoint.tensors:
+        axes = (*spec.axes[:-1], "block", "byte")
+        for name, shape in _packed_shapes(spec).items():
+            yield _source(checkpoint, name, axes[: len(shape)], shape, np.dtype(np.uint8))
+        return
+    kept = checkpoint.tensors[spec.name].dtype
+    target = kept if dtype is None else np.dtype(dtype)
+    yield _source(
+        checkpoint, spec.name, spec.axes, spec.shape, target, transposed=spec.is_expert_weight
+    )
+
+
+def _source(
+    checkpoint: Checkpoint,
+    name: str,
+    axes: tuple[str, ...],
+    shape: tuple[int, ...],
+    dtype: np.dtype,
+    transposed: bool = False,
+) -> Source:
+    def read(index: Index) -> np.ndarray:
+        index = _swap_last_two(index) if transposed else index
+        array = checkpoint.read(name, index)
+        _check_values(checkpoint, name, index, array)
+        array = array.astype(dtype, copy=False)
+        return np.ascontiguousarray(array.swapaxes(-1, -2)) if transposed else array
+
+    return Source(name, axes, shape, dtype, transposed, read)
+
+
+def _swap_last_two[T](values: tuple[T, ...]) -> tuple[T, ...]:
+    return (*values[:-2], values[-1], values[-2])
+
+
+def _packed_shapes(spec: ParameterSpec) -> dict[str, tuple[int, ...]]:
+    *lead, columns = spec.shape
+    scales = (*lead, columns // BLOCK_SIZE)
+    return {spec.name + "_blocks": (*scales, BLOCK_SIZE // 2), spec.name + "_scales": scales}
+
+
+def _validate(checkpoint: Checkpoint, specs: dict[str, ParameterSpec]) -> None:
+    """Raises one CheckpointError that lists every tensor which is not as the model needs it."""
+    faults: list[str] = []
+    known: set[str] = set()
+    for spec in specs.values():
+        expected = _expected_tensors(checkpoint, spec, faults)
+        for name, (shape, dtypes) in expected.items():
+            known.add(name)
+            fault = _fault(checkpoint, name, shape, dtypes)
+            if fault:
+                faults.append(fault)
+    for name, entry in checkpoint.tensors.items():
+        if name not in known:
+            faults.append(f"{entry.path.name}, {name}: expected no such tensor, got one")
+    if faults:
+        raise CheckpointError(
+            f"{checkpoint.folder} does not hold the model that config.json describes:\n  "
+            + "\n  ".join(faults)
+        )
+
+
+def _expected_tensors(
+    checkpoint: Checkpoint, spec: ParameterSpec, faults: list[str]
+) -> dict[str, tuple[tuple[int, ...], Sequence[str]]]:
+    """Shape and accepted dtypes of each tensor that should be there for a parameter."""
+    packed = _packed_shapes(spec) if spec.is_expert_weight else {}
+    if not any(name in checkpoint.tensors for name in packed):
+        transposed = spec.is_expert_weight
+        shape = _swap_last_two(spec.shape) if transposed else spec.shape
+        return {spec.name: (shape, _FLOATS)}
+    expected: dict[str, tuple[tuple[int, ...], Sequence[str]]] = {
+        name: (shape, ("U8",)) for name, shape in packed.items()
+    }
+    if spec.name in checkpoint.tensors:
+        faults.append(f"{spec.name}: expected floats or MXFP4, got both")
+        expected[spec.name] = (_swap_last_two(spec.shape), _FLOATS)
+    return expected
+
+
+def _fault(
+    checkpoint: Checkpoint, name: str, shape: tuple[int, ...], dtypes: Sequence[str]
+) -> str | None:
+    wanted = f"{' or '.join(dtypes)} {list(shape)}"
+    entry = checkpoint.tensors.get(name)
+    if entry is None:
+        return f"{name}: expected {wanted}, got nothing"
+    if entry.shape != shape or entry.dtype_name not in dtypes:
+        got = f"{entry.dtype_name} {list(entry.shape)}"
+        return f"{entry.path.name}, {name}: expected {wanted}, got {got}"
+    return None
+
+
+def _check_values(checkpoint: Checkpoint, name: str, index: Index, array: np.ndarray) -> None:
+    """Raises CheckpointError at the first NaN or infinity, or scale that leads to one."""
+    entry = checkpoint.tensors[name]
+    if name.endswith("_blocks") or not array.size:
+        return
+    if entry.dtype_name == "U8":
+        mask, limit, kind = 0xFF, _MAX_SCALE + 1, f"a scale byte above {_MAX_SCALE}"
+        bits = array.reshape(-1)
+    else:
+        mask = limit = _EXPONENT_BITS[entry.dtype_name]
+        kind, bits = "NaN or infinity", array.reshape(-1).view(f"u{array.itemsize}")
+    for start in range(0, bits.size, _CHUNK):
+        chunk = bits[start : start + _CHUNK] & bits.dtype.type(mask)
+        if chunk.max() >= limit:
+            found = np.unravel_index(start + int(np.argmax(chunk >= limit)), array.shape)
+            firsts = [s.indices(n)[0] for s, n in zip(index, entry.shape, strict=True)]
+            place = [int(i) + first for i, first in zip(found, firsts, strict=True)]
+            raise CheckpointError(f"{entry.path}, {name}: {kind} at {place}")
