@@ -233,23 +233,23 @@ class GptOss(nnx.Module):
         Returns:
             float32 {b, s, voc}.
         """
-        x, angles = self._begin(tokens, None)
+        x, angles = self.begin(tokens)
         for index, block in enumerate(self.layers):
             with jax.named_scope(f"layer_{index}"):
                 x = block.mix(block.attend(x, angles)[0], token_mask)
-        return self._logits(x)
+        return self.logits(x)
 
     def with_statistics(
         self, tokens: Tagged, *, token_mask: Tagged | None = None
     ) -> tuple[Tagged, list[RouterStatistics]]:
         """Logits as from a call, and the router's losses and counts of each block."""
-        x, angles = self._begin(tokens, None)
+        x, angles = self.begin(tokens)
         collected = []
         for index, block in enumerate(self.layers):
             with jax.named_scope(f"layer_{index}"):
                 x, statistics = block.mix_with_statistics(block.attend(x, angles)[0], token_mask)
                 collected.append(statistics)
-        return self._logits(x), collected
+        return self.logits(x), collected
 
     def step(
         self,
@@ -282,7 +282,7 @@ class GptOss(nnx.Module):
         else:
             span = Span(cache.lengths, count)
             mask = span.real(size)
-        x, angles = self._begin(tokens, span)
+        x, angles = self.begin(tokens, span)
         layers = []
         for index, (block, held) in enumerate(zip(self.layers, cache.layers, strict=True)):
             with jax.named_scope(f"layer_{index}"):
@@ -291,13 +291,13 @@ class GptOss(nnx.Module):
                 layers.append(held)
         last = jnp.maximum(span.count.untag("b") - 1, 0)[:, None, None]
         x = tag(jnp.take_along_axis(x.untag("b", "s", "d"), last, axis=1)[:, 0], "b", "d")
-        return self._logits(x), Cache(tuple(layers), span.start + span.count)
+        return self.logits(x), Cache(tuple(layers), span.start + span.count)
 
     def empty_cache(self, batch: int, context: int) -> Cache:
         """A cache in the compute dtype; see `Cache.empty`."""
         return Cache.empty(self.config, batch, context, self.dtype)
 
-    def _begin(self, tokens: Tagged, span: Span | None) -> tuple[Tagged, Angles]:
+    def begin(self, tokens: Tagged, span: Span | None = None) -> tuple[Tagged, Angles]:
         """Embeddings {b, s, d} in the compute dtype, and the rotary angles of the positions."""
         x = self.embed_tokens.get_value().take(tokens.order("b", "s"), "voc").astype(self.dtype)
         size = tokens.size("s")
@@ -307,7 +307,8 @@ class GptOss(nnx.Module):
             positions = span.positions(size)
         return x, cos_sin(self.config, positions)
 
-    def _logits(self, x: Tagged) -> Tagged:
+    def logits(self, x: Tagged) -> Tagged:
+        """Logits, float32 {..., voc}, of what the last block returned, {..., d}."""
         with jax.named_scope("lm_head"):
             return self.lm_head(self.norm(x), "d", jnp.float32)
 
