@@ -113,8 +113,10 @@ def attend_causally(
         for x in (keys, values)
     )
     k_at = _with_previous(_in_blocks(k_at, "k", window, fill=EMPTY), EMPTY)
-    merged = [x.merge(("b", "blocks"), "b") for x in (pieces, keys, values, q_at, k_at)]
-    out = attend(*merged[:3], sinks, *merged[3:], window)
+    pieces, keys, values, q_at, k_at = (
+        x.merge(("b", "blocks"), "b") for x in (pieces, keys, values, q_at, k_at)
+    )
+    out = attend(pieces, keys, values, sinks, q_at, k_at, window)
     out = out.split("b", b=batch, blocks=-1).merge(("blocks", "q"), "q")
     return _front(out, "q", length).order(*order)
 

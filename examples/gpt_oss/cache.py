@@ -23,7 +23,9 @@ from gpt_oss.config import GptOssConfig
 from moe_jax.tagged import Tagged, tag
 
 
-class Span(NamedTuple):
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class Span:
     """Where new tokens stand.
 
     Attributes:

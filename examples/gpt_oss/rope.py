@@ -56,10 +56,11 @@ def cos_sin(config: GptOssConfig, positions: Tagged) -> tuple[Tagged, Tagged]:
     step = frequencies(config)
     factor = config.rope_scaling.cosine_factor if config.rope_scaling else 1.0
     count = -(-config.max_position_embeddings // _LOW)
-    low = np.arange(min(_LOW, config.max_position_embeddings))[:, None] * step
+    low = np.arange(_LOW)[:, None] * step
     high = _LOW * np.arange(count)[:, None] * step
-    cos_low, sin_low = _rows(np.exp(1j * low), positions.map(lambda p: p % _LOW))
-    cos_high, sin_high = _rows(factor * np.exp(1j * high), positions.map(lambda p: p // _LOW))
+    row, column = positions.map(lambda p: p % _LOW), positions.map(lambda p: p // _LOW)
+    cos_low, sin_low = _rows(np.cos(low), row), _rows(np.sin(low), row)
+    cos_high, sin_high = _rows(factor * np.cos(high), column), _rows(factor * np.sin(high), column)
     return cos_high * cos_low - sin_high * sin_low, sin_high * cos_low + cos_high * sin_low
 
 
@@ -77,10 +78,6 @@ def rotate(x: Tagged, angles: tuple[Tagged, Tagged]) -> Tagged:
     return tag(joined, *rest, "hd").order(*x.axes).astype(x.dtype)
 
 
-def _rows(table: np.ndarray, index: Tagged) -> tuple[Tagged, Tagged]:
-    """Real and imaginary parts, float32 {..., pair}, of the rows {...} of a complex table."""
-
-    def pick(part: np.ndarray) -> Tagged:
-        return tag(jnp.asarray(part, jnp.float32), "row", "pair").take(index, "row")
-
-    return pick(table.real), pick(table.imag)
+def _rows(table: np.ndarray, index: Tagged) -> Tagged:
+    """The rows {...} of a table [row, pair]: float32 {..., pair}."""
+    return tag(jnp.asarray(table, jnp.float32), "row", "pair").take(index, "row")
