@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from tokenizers import Tokenizer
 
-from gpt_oss.nano.vocabulary import END_OF_TEXT, token_id
+from gpt_oss.nano.vocabulary import END_OF_TEXT, encode_text, token_id
 
 CONTEXT = 512
 EFFORTS = ("low", "medium", "high")
@@ -121,7 +121,7 @@ def encode(chat: Chat, tokenizer: Tokenizer) -> tuple[list[int], list[int]]:
         if control:
             new = [token_id(tokenizer, control)]
         else:
-            new = tokenizer.encode(text, add_special_tokens=False).ids
+            new = encode_text(tokenizer, text)
         ids += new
         mask += [int(target)] * len(new)
     return ids, mask

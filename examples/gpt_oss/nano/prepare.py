@@ -33,8 +33,8 @@ def encode_documents(tokenizer: Tokenizer, documents: Sequence[corpus.Document])
     start = vocabulary.token_id(tokenizer, vocabulary.START_OF_TEXT)
     end = vocabulary.token_id(tokenizer, vocabulary.END_OF_TEXT)
     ids: list[int] = []
-    for encoding in tokenizer.encode_batch([d.text for d in documents], add_special_tokens=False):
-        ids += [start, *encoding.ids, end]
+    for document in documents:
+        ids += [start, *vocabulary.encode_text(tokenizer, document.text), end]
     return np.array(ids, np.uint16)
 
 

@@ -68,6 +68,12 @@ def token_id(tokenizer: Tokenizer, name: str) -> int:
     return found
 
 
+def encode_text(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Token ids of ordinary text: the name of a control token in it stays mere letters."""
+    tokenizer.encode_special_tokens = True
+    return tokenizer.encode(text, add_special_tokens=False).ids
+
+
 def train_tokenizer(texts: Iterable[str], vocabulary_size: int = VOCABULARY_SIZE) -> Tokenizer:
     """Learns the merges from `texts`; the same texts give the same tokenizer.
 
