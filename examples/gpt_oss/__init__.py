@@ -1,0 +1,1 @@
+"""gpt-oss on moe_jax: model, checkpoint loading, chat format, generation and serving."""
