@@ -2,7 +2,7 @@
 
 Within a configuration all sizes differ (except where a configuration is about two being equal), so
 that a swapped axis cannot pass. Windows are short, so that prompts below, at and above the window
-are cheap. All numbers that a config may change, and not only the sizes, differ somewhere from the
+are cheap. Numbers that are not sizes (rope, epsilon, limit and slope) differ somewhere from the
 released model's: an implementation that ignores one of them cannot agree on all configurations.
 """
 
