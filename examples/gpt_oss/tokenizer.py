@@ -91,12 +91,13 @@ class Tokenizer:
         if not isinstance(text, str):
             raise TypeError(f"expected text as str, got {type(text).__name__}")
         try:
-            return self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
+            text.encode()
         except UnicodeEncodeError as error:
             raise ValueError(
                 f"the text has a lone surrogate {text[error.start]!r} at character {error.start}; "
                 "expected text that UTF-8 can hold"
             ) from None
+        return self._tokenizer.encode(text, add_special_tokens=False).ids
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`; control tokens appear by name, ids without a meaning as "".

@@ -21,15 +21,21 @@ def tokenizer(o200k_folder):
 
 
 @pytest.fixture(scope="session")
-def small_tokenizer(tmp_path_factory):
-    """A tokenizer of 256 byte tokens whose control tokens have ids 0 to 8."""
+def small_folder(tmp_path_factory):
+    """A folder with the tokenizer.json of `small_tokenizer`."""
     folder = tmp_path_factory.mktemp("small")
     o200k.write_small(folder, list(CONTROL_NAMES.values()))
-    return Tokenizer(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")
-def oracle():
+def small_tokenizer(small_folder):
+    """A tokenizer of 256 byte tokens whose control tokens have ids 0 to 8."""
+    return Tokenizer(small_folder)
+
+
+@pytest.fixture(scope="session")
+def harmony_oracle():
     """The reference implementation of the harmony format."""
     import openai_harmony
 
