@@ -18,6 +18,7 @@ functions `vmap` and `scan` of this module remove and restore the name together 
 """
 
 import dataclasses
+import math
 import operator
 from collections.abc import Callable, Mapping
 from typing import Any, Self
@@ -46,6 +47,9 @@ class Tagged:
 
     array: Any
     axes: tuple[str, ...] = dataclasses.field(metadata={"static": True})
+
+    # without this NumPy takes `array + tagged` apart, into an array of Tagged scalars
+    __array_ufunc__ = None
 
     def __post_init__(self) -> None:
         _check_names(self.axes)
@@ -127,6 +131,8 @@ class Tagged:
         """
         over = (over,) if isinstance(over, str) else tuple(over)
         _check_names(over)
+        if not isinstance(other, Tagged):
+            raise TypeError(f"cannot multiply {self} with an array without names: tag it")
         a, b = self._checked(), other._checked()
         for axis in over:
             if self.size(axis) != other.size(axis):
@@ -170,7 +176,7 @@ class Tagged:
         if not array.shape[position] and picked.size:
             raise ValueError(f"cannot pick from axis {axis!r} of {self}, which is empty")
         where = (slice(None),) * position + (picked,)
-        return Tagged(array.at[where].get(mode="clip"), axes)
+        return Tagged(array.at[where].get(mode="clip", wrap_negative_indices=False), axes)
 
     def top_k(self, k: int, axis: str, into: str) -> "tuple[Tagged, Tagged]":
         """The `k` largest entries along `axis` and their indices (int32), largest first.
@@ -189,10 +195,9 @@ class Tagged:
         """Splits an axis into several, slowest first: `w.split("in", block=-1, lane=32)`."""
         array, position = self._checked(), self.position(axis)
         size, unknown = array.shape[position], [n for n, p in parts.items() if p == -1]
-        known = 1
-        for part in parts.values():
-            known *= part if part != -1 else 1
-        if len(unknown) > 1 or known <= 0 or size % known or (not unknown and known != size):
+        known = math.prod(p for p in parts.values() if p != -1)
+        fits = known > 0 and size % known == 0 if unknown else known == size
+        if not fits or len(unknown) > 1 or min(parts.values(), default=0) < -1:
             raise ValueError(f"axis {axis!r} of size {size} does not split into {parts}")
         new = [size // known if p == -1 else p for p in parts.values()]
         shape = (*array.shape[:position], *new, *array.shape[position + 1 :])
@@ -201,8 +206,10 @@ class Tagged:
         )
 
     def merge(self, axes: tuple[str, ...], into: str) -> "Tagged":
-        """Joins axes into one, the first named the slowest, at the place of the first named."""
+        """Joins axes into one, the first named the slowest, at the leftmost place of them."""
         _check_names(axes)
+        if not axes:
+            raise ValueError(f"merge needs the names of the axes of {self} to join, got none")
         position = min(self.position(axis) for axis in axes)
         before = tuple(n for n in self.axes[:position] if n not in axes)
         after = tuple(n for n in self.axes[position:] if n not in axes)
@@ -228,6 +235,11 @@ class Tagged:
             names = (target,) if isinstance(target, str) else target or ()
             shards = 1
             for name in names:
+                if name not in mesh.shape:
+                    raise ValueError(
+                        f"the rules send axis {axis!r} to mesh axis {name!r}, "
+                        f"the mesh has {tuple(mesh.shape)}"
+                    )
                 shards *= mesh.shape[name]
             if size % shards:
                 raise ValueError(
