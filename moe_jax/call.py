@@ -17,7 +17,7 @@ class Call:
     Attributes:
         experts: ready to be called with `Tagged` rows.
         x: {s, d}; masked tokens are zero.
-        per_token: {s, expert} or {s, top_expert}.
+        per_token: {s, expert} or {s, top_expert}; 0 for masked tokens.
         mask: bool {s}, or None.
         lead: the token axes.
         sizes: their sizes.
@@ -54,6 +54,7 @@ class Call:
                 raise TypeError(f"token_mask must be bool, got {mask.dtype}")
             keep = mask.array[:, None]
             rows = rows.map(lambda array: jnp.where(keep, array, 0))
+            per_token = per_token.map(lambda array: jnp.where(keep, array, 0))
         return cls(experts, rows, per_token, mask, lead, sizes, like)
 
     @property

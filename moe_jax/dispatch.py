@@ -22,6 +22,7 @@ so that the number of tokens never changes what a model computes.
 
 import dataclasses
 import math
+import numbers
 from typing import Any, Literal
 
 import jax
@@ -89,7 +90,7 @@ def token_budget(
         ValueError: the ratio is not a positive finite number.
     """
     ratio = tokens_per_expert_ratio
-    if not (isinstance(ratio, int | float) and math.isfinite(ratio) and ratio > 0):
+    if not (isinstance(ratio, numbers.Real) and math.isfinite(ratio) and ratio > 0):
         raise ValueError(
             f"tokens_per_expert_ratio must be a positive number, got {ratio!r}; "
             f"leave it None to compute every chosen pair"
@@ -178,14 +179,14 @@ def plan_fixed_budget(
     `experts_per_token`. With `reroute` free slots go to tokens that rank it lower; a token that
     lost a better expert then keeps it in place. No token keeps more than `experts_per_token`.
     """
-    if overflow not in ("reroute", "drop"):
-        raise ValueError(f"overflow must be 'reroute' or 'drop', got {overflow!r}")
+    check_overflow(overflow)
     scores = selection_scores(logits, router, selection_bias).untag("s", "expert")
     scores = jnp.where(jnp.isnan(scores), jnp.inf, scores)
     num_tokens, num_experts = scores.shape
     rank = jnp.argsort(jnp.argsort(-scores, axis=1, stable=True), axis=1)
     tokens = jnp.ones(num_tokens, bool) if token_mask is None else token_mask.untag("s")
-    eligible = tokens[:, None] & (scores > -jnp.inf)
+    barred = (scores == -jnp.inf) | (logits.untag("s", "expert") == -jnp.inf)
+    eligible = tokens[:, None] & ~barred
     wanted = eligible & (rank < experts_per_token)
     if overflow == "drop":
         eligible = wanted
@@ -221,6 +222,12 @@ def plan_fixed_budget(
     )
 
 
+def check_overflow(overflow: str) -> None:
+    """Raises ValueError unless `overflow` is one of the two policies."""
+    if overflow not in ("reroute", "drop"):
+        raise ValueError(f"overflow must be 'reroute' or 'drop', got {overflow!r}")
+
+
 def fixed_budget(
     experts: Any, x: Tagged, logits: Tagged, plan: BudgetPlan, router: Router
 ) -> Tagged:
@@ -247,9 +254,13 @@ def exact_report(routing: Routing, num_experts: int) -> DispatchReport:
 
 
 def _valid_pairs(routing: Routing, num_experts: int) -> tuple[Tagged, Tagged, Tagged]:
-    """Ids within range, weights, and whether the pair names an expert, all {s, top_expert}."""
+    """Ids within range, weights, and whether the pair names an expert, all {s, top_expert}.
+
+    The weight of a pair that names none is 0, whatever it was.
+    """
     ids, weights = routing.ids.order("s", "top_expert"), routing.weights.order("s", "top_expert")
     valid = ids.map(lambda i: (i >= 0) & (i < num_experts))
+    weights = weights.map(lambda w: jnp.where(valid.array, w, 0.0))
     return ids.map(lambda i: jnp.clip(i, 0, num_experts - 1)), weights, valid
 
 

@@ -5,6 +5,8 @@ References:
     ST-MoE (router z-loss): https://arxiv.org/abs/2202.08906, equation 5
 """
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -22,7 +24,8 @@ def load_balance_loss(
     Args:
         logits: {..., expert}.
         routing: ids {..., top_expert} that came from these logits.
-        token_mask: bool {...}; tokens that are False do not count.
+        token_mask: bool {...}; tokens that are False do not count, nor do those whose logits are
+            all -inf.
 
     Returns:
         A float32 scalar; 0 without tokens.
@@ -30,7 +33,8 @@ def load_balance_loss(
     probabilities, mask = _rows(logits, jax.nn.softmax, token_mask)
     num_experts = probabilities.shape[-1]
     rest = tuple(n for n in logits.axes if n != "expert")
-    ids = routing.ids.untag(*rest, "top_expert").reshape(mask.shape[0], -1)
+    ids = routing.ids.untag(*rest, "top_expert")
+    ids = ids.reshape(mask.shape[0], ids.shape[-1])
     chosen = jax.nn.one_hot(ids, num_experts, dtype=jnp.bool_) & mask[:, None, None]
     pairs = jnp.maximum(1, chosen.sum())
     tokens = jnp.maximum(1, mask.sum())
@@ -51,11 +55,12 @@ def _square_logsumexp(logits: jax.Array) -> jax.Array:
 
 
 def _rows(logits: Tagged, function, token_mask: Tagged | None) -> tuple[jax.Array, jax.Array]:
-    """function(logits) as rows [tokens, n] and the mask [tokens]."""
+    """function(logits) as rows [tokens, n] and which of them count [tokens]."""
     rest = tuple(n for n in logits.axes if n != "expert")
     array = logits.untag(*rest, "expert").astype(jnp.float32)
-    values = function(array)
-    rows = values.reshape(-1, values.shape[-1])
-    if token_mask is None:
-        return rows, jnp.ones(rows.shape[0], bool)
-    return rows, token_mask.untag(*rest).reshape(-1)
+    rows = array.reshape(math.prod(array.shape[:-1]), array.shape[-1])
+    mask = ~(rows == -jnp.inf).all(-1)
+    if token_mask is not None:
+        mask &= token_mask.untag(*rest).reshape(-1)
+    # before the function, so that what does not count does not reach the gradients either
+    return function(jnp.where(mask[:, None], rows, 0.0)), mask

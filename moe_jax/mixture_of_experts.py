@@ -15,8 +15,15 @@ from moe_jax import dispatch
 from moe_jax.call import Call
 from moe_jax.dispatch import ALGORITHMS, DispatchReport, Overflow
 from moe_jax.experts.base import check_experts
-from moe_jax.routing import LINEAR_ROUTER, Router, Routing, check_experts_per_token, route
-from moe_jax.tagged import Tagged, is_tagged
+from moe_jax.routing import (
+    LINEAR_ROUTER,
+    Router,
+    Routing,
+    check_experts_per_token,
+    check_groups,
+    route,
+)
+from moe_jax.tagged import is_tagged, tag
 
 type AlgorithmChoice = Literal["auto", "per_token", "dense", "grouped", "fixed_budget"]
 type Normalization = Literal["softmax", "linear"] | Router
@@ -102,9 +109,11 @@ def mixture_of_experts(
     logits, mask = layer.per_token, layer.mask
     num_experts = logits.size("expert")
     check_experts_per_token(experts_per_token, num_experts)
+    check_groups(router, experts_per_token, num_experts)
     check_experts(layer.experts, num_experts)
+    dispatch.check_overflow(overflow)
     if selection_bias is not None and not is_tagged(selection_bias):
-        selection_bias = Tagged(selection_bias, ("expert",))
+        selection_bias = tag(selection_bias, "expert")
     if not jnp.issubdtype(logits.dtype, jnp.floating):
         raise TypeError(f"gating must be floats, got {logits.dtype}")
     name = _algorithm(

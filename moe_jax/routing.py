@@ -31,7 +31,7 @@ class Router:
 
     Attributes:
         score: `softmax` over experts, `sigmoid` of each, or `linear`: the gating itself, which
-            must not be negative (a token with a negative chosen gating gets NaN).
+            must not be negative (a token with a negative chosen gating gets NaN), but may be -inf.
         order: `after_top_k` selects by the logits and scores the chosen ones;
             `before_top_k` scores all experts and selects by score.
         renormalize: whether the chosen weights are divided by their sum.
@@ -117,7 +117,12 @@ def route(
     """
     num_experts = logits.size("expert")
     check_experts_per_token(experts_per_token, num_experts)
+    check_groups(router, experts_per_token, num_experts)
     logits = logits.astype(jnp.float32)
+    if token_mask is not None:
+        # before the scores, so that a NaN in a masked token does not reach the gradients
+        seen = token_mask.expand_to(logits)
+        logits = logits.map(lambda array: jnp.where(seen, array, 0.0))
     chosen = selection_scores(logits, router, selection_bias)
     _, ids = chosen.top_k(experts_per_token, "expert", "top_expert")
     weights = routing_weights(logits, ids, None, router)
@@ -158,7 +163,8 @@ def routing_weights(logits: Tagged, ids: Tagged, valid: Tagged | None, router: R
         if mask is not None:
             weights = jnp.where(mask, weights, 0.0)
     if router.score == "linear":
-        weights = jnp.where(weights < 0, jnp.nan, weights)
+        barred = weights == -jnp.inf
+        weights = jnp.where(barred, 0.0, jnp.where(weights < 0, jnp.nan, weights))
     if router.renormalize:
         total = weights.sum(-1, keepdims=True)
         empty = total == 0
@@ -174,6 +180,20 @@ def check_experts_per_token(experts_per_token: Any, num_experts: int) -> None:
         raise ValueError(
             f"experts_per_token must be between 1 and the number of experts {num_experts}, "
             f"got {experts_per_token}"
+        )
+
+
+def check_groups(router: Router, experts_per_token: int, num_experts: int) -> None:
+    """Raises ValueError unless the groups are equal and hold `experts_per_token` experts."""
+    if num_experts % router.num_groups:
+        raise ValueError(
+            f"num_groups={router.num_groups} must divide the number of experts {num_experts}"
+        )
+    allowed = num_experts // router.num_groups * router.groups_per_token
+    if experts_per_token > allowed:
+        raise ValueError(
+            f"experts_per_token={experts_per_token} is more than the {allowed} experts in "
+            f"groups_per_token={router.groups_per_token} of num_groups={router.num_groups} groups"
         )
 
 
@@ -195,11 +215,6 @@ def _softmax(values: jax.Array) -> jax.Array:
 
 def _limit_groups(scores: Tagged, router: Router) -> Tagged:
     """Sets scores outside the best groups of each token to -inf."""
-    num_experts = scores.size("expert")
-    if num_experts % router.num_groups:
-        raise ValueError(
-            f"num_groups={router.num_groups} must divide the number of experts {num_experts}"
-        )
     rest = tuple(n for n in scores.axes if n != "expert")
     grouped = scores.order(*rest, "expert").split("expert", group=router.num_groups, member=-1)
     size = grouped.size("member")
