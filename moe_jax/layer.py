@@ -62,7 +62,8 @@ class MoE(nnx.Module):
         router_weight: Param of {expert, d}; without a bias its rows are centroids.
         router_bias: Param of {expert}, or None.
         selection_bias: Param of {expert}, or None; see `mixture_of_experts`.
-        experts: Param of the experts; `PackedExperts` where they hold integers.
+        experts: Param of the experts; `PackedExperts` where they hold integers; the module itself
+            where they are an `nnx.Module`, whose Params are then its own.
         config: `MoEConfig`.
     """
 
@@ -90,7 +91,10 @@ class MoE(nnx.Module):
         self.router_weight = nnx.Param(router_weight)
         self.router_bias = None if router_bias is None else nnx.Param(router_bias)
         self.selection_bias = None if selection_bias is None else nnx.Param(selection_bias)
-        self.experts = PackedExperts(experts) if packed else nnx.Param(experts)
+        if isinstance(experts, nnx.Module):
+            self.experts = experts
+        else:
+            self.experts = PackedExperts(experts) if packed else nnx.Param(experts)
         self.config = MoEConfig(
             experts_per_token, router, algorithm, tokens_per_expert_ratio, overflow
         )
@@ -119,10 +123,14 @@ class MoE(nnx.Module):
 
     def _apply(self, x: Any, token_mask: Any) -> tuple[Any, Tagged, DispatchReport]:
         named = x if is_tagged(x) else Tagged(x, (*token_axes(x.ndim - 1), "d"))
+        if token_mask is not None:
+            # what padding holds, even NaN, must not reach the router's gradient
+            keep = like_tokens(token_mask, named, "d").expand_to(named)
+            named = named.map(lambda array: jnp.where(keep, array, 0))
         logits = self.logits(named)
         config = self.config
         y, report = mixture_of_experts(
-            self.experts.get_value(),
+            self._experts(),
             x,
             logits if is_tagged(x) else logits.array,
             experts_per_token=config.experts_per_token,
@@ -135,6 +143,9 @@ class MoE(nnx.Module):
             with_report=True,
         )
         return y, logits, report
+
+    def _experts(self) -> Any:
+        return self.experts if isinstance(self.experts, nnx.Module) else self.experts.get_value()
 
     def _selection_bias(self) -> Tagged | None:
         return None if self.selection_bias is None else self.selection_bias.get_value()

@@ -77,7 +77,13 @@ class OnBareArrays:
     expert: Any
 
     def __call__(self, x: Tagged) -> Tagged:
-        return Tagged(self.expert(x.array), x.axes)
+        y = self.expert(x.array)
+        if is_tagged(y) or jnp.shape(y) != x.shape:
+            raise ValueError(
+                f"an expert called on a bare array of shape {x.shape} must return one like it, "
+                f"it returned {y if is_tagged(y) else jnp.shape(y)}"
+            )
+        return Tagged(y, x.axes)
 
 
 def apply_experts(experts: Any, x: Tagged, rows: Rows) -> Tagged:

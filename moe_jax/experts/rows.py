@@ -29,10 +29,13 @@ class EveryExpert:
 
     def call(self, expert: Any, x: Tagged) -> Tagged:
         if "expert" not in x.axes:
+            if not jax.tree.leaves(expert):
+                return expert_call(expert, x)
             return _named(map_experts(lambda e: expert_call(e, x), expert))
-        rest = tuple(n for n in x.axes if n != "expert")
-        own = x.untag("expert", *rest)
-        return _named(map_experts(lambda e, a: expert_call(e, Tagged(a, rest)), expert, own))
+        rest = tuple(n for n in x.axes if n not in ("expert", "d"))
+        own = x.untag("expert", *rest, "d")
+        y = _named(map_experts(lambda e, a: expert_call(e, Tagged(a, ("s", "d"))), expert, own))
+        return y.rename(s=rest[0])
 
 
 @dataclasses.dataclass(frozen=True)
