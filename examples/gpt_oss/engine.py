@@ -1,0 +1,466 @@
+"""Generation: prompt ids in, token ids out. The engine knows nothing of text.
+
+A prompt is taken in chunks of a few fixed sizes, so that prompts of all lengths share a few
+compiled programs. Decoding runs many tokens in one loop on the device and comes back with a block:
+of one token first, then of twice as many each time, so that a stream starts at once and the
+device is not kept waiting later.
+
+    engine = Engine(model, context=4096)
+    generation = engine.generate(prompt_ids, Sampler(temperature=0.7), seed=1)
+    for token in generation: ...
+    print(generation.statistics.decoding.per_second)
+"""
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from gpt_oss.cache import Cache
+from gpt_oss.model import GptOss
+from gpt_oss.sampling import Greedy, Sampler, Sampling
+from moe_jax.tagged import Tagged, tag
+
+PREFILL_CHUNKS = (32, 128, 512)
+"""Prompt tokens taken at a time: the smallest that holds what is left, or else the largest."""
+
+BLOCK = 32
+"""Most tokens decoded before the host sees them."""
+
+_REACHES = (1024, 4096, 16384, 65536)
+_STOP_MULTIPLE = 8
+_NOTHING = -1
+
+type FinishReason = Literal["stop", "length"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Request:
+    """What one row of a batch is to generate.
+
+    Attributes:
+        prompt_ids: token ids, at least one.
+        sampler: how tokens are chosen.
+        max_tokens: most tokens to generate; None for as many as the context holds.
+        stop_ids: ids that end the sequence; None for those of the model's configuration, () for
+            none. The id that stopped it is the last one generated.
+        seed: at least 0, below 2^63; the same seed gives the same tokens.
+    """
+
+    prompt_ids: Sequence[int]
+    sampler: Greedy | Sampler = Greedy()
+    max_tokens: int | None = None
+    stop_ids: Sequence[int] | None = None
+    seed: int = 0
+
+
+@dataclasses.dataclass
+class Rate:
+    """Work and the time it took, first calls of a program (which compile) left out.
+
+    Attributes:
+        tokens: how many.
+        seconds: in how long.
+    """
+
+    tokens: int = 0
+    seconds: float = 0.0
+
+    @property
+    def per_second(self) -> float | None:
+        """Tokens per second; None where nothing was measured."""
+        return self.tokens / self.seconds if self.seconds else None
+
+
+@dataclasses.dataclass
+class Statistics:
+    """What a generation took, over all rows.
+
+    Attributes:
+        prompt_tokens: tokens of the prompts.
+        generated_tokens: tokens chosen, stop tokens included.
+        compile_seconds: first calls of programs not used before: compilation and one run.
+        first_token_seconds: from the start to the first token, compilation included; None before.
+        prefill: prompt tokens.
+        decoding: tokens after the first of each row, without the caller's time between blocks.
+        finish_reasons: for each row `stop`, `length`, or None while it runs.
+    """
+
+    prompt_tokens: int = 0
+    generated_tokens: int = 0
+    compile_seconds: float = 0.0
+    first_token_seconds: float | None = None
+    prefill: Rate = dataclasses.field(default_factory=Rate)
+    decoding: Rate = dataclasses.field(default_factory=Rate)
+    finish_reasons: list[FinishReason | None] = dataclasses.field(default_factory=list)
+
+
+@dataclasses.dataclass
+class Stream:
+    """Blocks of new tokens of a batch, while they are made.
+
+    Attributes:
+        blocks: gives, for each block, a list of new token ids for each request.
+        statistics: grows with the blocks taken.
+    """
+
+    blocks: Iterator[list[list[int]]]
+    statistics: Statistics
+
+    def __iter__(self) -> Iterator[list[list[int]]]:
+        return self.blocks
+
+    def collect(self) -> list[list[int]]:
+        """All tokens of each request."""
+        rows: list[list[int]] = [[] for _ in self.statistics.finish_reasons]
+        for block in self.blocks:
+            for row, new in zip(rows, block, strict=True):
+                row.extend(new)
+        return rows
+
+
+@dataclasses.dataclass
+class Generation:
+    """Tokens of one request, while they are made.
+
+    Attributes:
+        tokens: gives token ids one by one.
+        statistics: grows with the tokens taken.
+    """
+
+    tokens: Iterator[int]
+    statistics: Statistics
+
+    def __iter__(self) -> Iterator[int]:
+        return self.tokens
+
+    def __next__(self) -> int:
+        return next(self.tokens)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Wishes:
+    """What the rows want: how to choose, most tokens {b}, stop ids {b, stop} filled with -1."""
+
+    sampling: Sampling
+    limit: Tagged
+    stop: Tagged
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _State:
+    """Where decoding stands: the last token {b} is not in the cache yet.
+
+    `index` {b} counts the tokens chosen; `done` {b} rows take no further part.
+    """
+
+    cache: Cache
+    token: Tagged
+    index: Tagged
+    done: Tagged
+
+
+class Engine:
+    """Runs a model.
+
+    Attributes:
+        context: most tokens of a sequence, prompt and answer together.
+        batch: most sequences at a time.
+        vocab_size: ids are below it.
+    """
+
+    def __init__(self, model: GptOss, *, context: int, batch: int = 1) -> None:
+        """Takes a model; its parameters may lie on several devices.
+
+        Args:
+            model: the model.
+            context: most tokens of a sequence, prompt and answer together; full layers hold
+                keys and values of this length.
+            batch: most sequences at a time.
+
+        Raises:
+            ValueError: a size is below 1 or `context` passes the model's longest sequence.
+        """
+        jax.eval_shape(lambda: model.empty_cache(batch, context))
+        self.context, self.batch, self.vocab_size = context, batch, model.config.vocab_size
+        self._new_cache = jax.jit(lambda: model.empty_cache(batch, context))
+        self._stop_ids = model.config.eos_token_ids
+        self._leaves, treedef = jax.tree.flatten(model)
+        self._prefill = jax.jit(
+            _on_model(_prefill, treedef), static_argnames="reach", donate_argnums=(1, 2)
+        )
+        self._decode = jax.jit(
+            _on_model(_decode, treedef), static_argnames="reach", donate_argnums=(1,)
+        )
+        self._first = jax.jit(_first_token, donate_argnums=(0,))
+        self._called: set[Any] = set()
+
+    def generate(
+        self,
+        prompt_ids: Sequence[int],
+        sampler: Greedy | Sampler = Greedy(),  # noqa: B008 - frozen
+        *,
+        max_tokens: int | None = None,
+        stop_ids: Sequence[int] | None = None,
+        seed: int = 0,
+    ) -> Generation:
+        """Continues one prompt; see `Request` for the arguments and `stream` for errors."""
+        stream = self.stream([Request(prompt_ids, sampler, max_tokens, stop_ids, seed)])
+        tokens = (token for block in stream for token in block[0])
+        return Generation(tokens, stream.statistics)
+
+    def stream(self, requests: Sequence[Request]) -> Stream:
+        """Continues several prompts at once, of different lengths and with different wishes.
+
+        Raises:
+            ValueError: there are no or too many requests, a prompt is empty or holds an id that
+                is not in the vocabulary, or prompt and `max_tokens` do not fit the context.
+            TypeError: a value is of another type.
+        """
+        if not 1 <= len(requests) <= self.batch:
+            raise ValueError(f"expected 1 to {self.batch} requests, got {len(requests)}")
+        limits = [self._check(request) for request in requests]
+        wishes = self._wishes(requests, limits)
+        statistics = Statistics(
+            prompt_tokens=sum(len(request.prompt_ids) for request in requests),
+            finish_reasons=[None] * len(requests),
+        )
+        return Stream(self._run(requests, limits, wishes, statistics), statistics)
+
+    def _check(self, request: Request) -> int:
+        """Checks a request and returns the most tokens it may generate."""
+        ids, most = request.prompt_ids, request.max_tokens
+        if len(ids) == 0:
+            raise ValueError("the prompt has no tokens: expected at least one")
+        for what, given in (("prompt", ids), ("stop", request.stop_ids or ())):
+            for token in given:
+                if not isinstance(token, int | np.integer) or isinstance(token, bool):
+                    raise TypeError(f"{what} ids must be integers, got {token!r}")
+                if not 0 <= token < self.vocab_size:
+                    raise ValueError(
+                        f"{what} ids must be at least 0 and below the vocabulary's size "
+                        f"{self.vocab_size}, got {token}"
+                    )
+        room = self.context - len(ids)
+        if room < 1:
+            raise ValueError(
+                f"the prompt has {len(ids)} tokens, the context holds {self.context} and needs "
+                f"room for an answer: shorten the prompt or enlarge the context"
+            )
+        if most is None:
+            return room
+        if not isinstance(most, int) or isinstance(most, bool):
+            raise TypeError(f"max_tokens must be an integer or None, got {most!r}")
+        if not 1 <= most <= room:
+            raise ValueError(
+                f"max_tokens must be between 1 and {room} (a context of {self.context} less a "
+                f"prompt of {len(ids)}), got {most}"
+            )
+        return most
+
+    def _wishes(self, requests: Sequence[Request], limits: Sequence[int]) -> _Wishes:
+        idle = self.batch - len(requests)
+        sampling = Sampling.of(
+            [request.sampler for request in requests] + [Greedy()] * idle,
+            [request.seed for request in requests] + [0] * idle,
+        )
+        stops = [self._stops(request) for request in requests]
+        width = max(map(len, stops))
+        stop = np.full((self.batch, width + -width % _STOP_MULTIPLE), _NOTHING, np.int32)
+        for row, ids in enumerate(stops):
+            stop[row, : len(ids)] = ids
+        limit = np.zeros(self.batch, np.int32)
+        limit[: len(limits)] = limits
+        return _Wishes(sampling, tag(jnp.asarray(limit), "b"), tag(jnp.asarray(stop), "b", "stop"))
+
+    def _stops(self, request: Request) -> list[int]:
+        return list(self._stop_ids if request.stop_ids is None else request.stop_ids)
+
+    def _run(
+        self,
+        requests: Sequence[Request],
+        limits: Sequence[int],
+        wishes: _Wishes,
+        statistics: Statistics,
+    ) -> Iterator[list[list[int]]]:
+        """Prefills, then yields blocks of new tokens until all rows are done."""
+        clock, rows = _Clock(self._called, statistics), len(requests)
+        begin = time.perf_counter()
+        cache, logits = self._take_prompts([r.prompt_ids for r in requests], clock)
+        key = ("first", jax.tree.structure(wishes))
+        state = clock.call(key, None, self._first, cache, logits, wishes)
+        block = [[int(token)] for token in np.asarray(state.token.array)[:rows]]
+        statistics.first_token_seconds = time.perf_counter() - begin
+        counts, steps = [1] * rows, 1
+        stops = [set(self._stops(request)) for request in requests]
+        while True:
+            statistics.generated_tokens += sum(map(len, block))
+            for row, new in enumerate(block):
+                if new and new[-1] in stops[row]:
+                    statistics.finish_reasons[row] = "stop"
+                elif new and counts[row] == limits[row]:
+                    statistics.finish_reasons[row] = "length"
+            yield block
+            if None not in statistics.finish_reasons:
+                return
+            longest = max(
+                len(request.prompt_ids) + count
+                for request, count in zip(requests, counts, strict=True)
+            )
+            reach = self._reach(longest + steps)
+            key = ("decode", reach, jax.tree.structure(wishes))
+            state, tokens = clock.call(
+                key,
+                statistics.decoding,
+                self._decode,
+                self._leaves,
+                state,
+                wishes,
+                steps,
+                reach=reach,
+            )
+            block = [
+                [t for t in row if t != _NOTHING] for row in np.asarray(tokens)[:rows].tolist()
+            ]
+            clock.count(sum(map(len, block)))
+            counts = [count + len(new) for count, new in zip(counts, block, strict=True)]
+            steps = min(2 * steps, BLOCK)
+
+    def _take_prompts(
+        self, prompts: Sequence[Sequence[int]], clock: "_Clock"
+    ) -> tuple[Cache, jax.Array]:
+        """The cache after the prompts, and the logits [b, voc] that follow each."""
+        cache = self._new_cache()
+        logits = jnp.zeros((self.batch, self.vocab_size), jnp.float32)
+        longest, start = max(map(len, prompts)), 0
+        while start < longest:
+            left = longest - start
+            size = next((s for s in PREFILL_CHUNKS if s >= left), PREFILL_CHUNKS[-1])
+            tokens = np.zeros((self.batch, size), np.int32)
+            count = np.zeros(self.batch, np.int32)
+            for row, prompt in enumerate(prompts):
+                piece = prompt[start : start + size]
+                tokens[row, : len(piece)], count[row] = piece, len(piece)
+            reach = self._reach(min(start + size, self.context))
+            cache, logits = clock.call(
+                ("prefill", size, reach),
+                clock.statistics.prefill,
+                self._prefill,
+                self._leaves,
+                cache,
+                logits,
+                tokens,
+                count,
+                reach=reach,
+            )
+            clock.count(int(count.sum()))
+            start += size
+        return cache, logits
+
+    def _reach(self, length: int) -> int:
+        """How far full layers look: a few sizes, so that few programs are compiled."""
+        return min(next((r for r in _REACHES if r >= length), self.context), self.context)
+
+
+class _Clock:
+    """Times device calls; the first with a key counts as compilation."""
+
+    def __init__(self, called: set[Any], statistics: Statistics) -> None:
+        self.statistics = statistics
+        self._called = called
+        self._rate: Rate | None = None
+
+    def call(
+        self, key: Any, rate: Rate | None, function: Callable[..., Any], *args: Any, **options: Any
+    ) -> Any:
+        """Calls, waits for the result, and adds the time to `rate` or to compilation."""
+        begin = time.perf_counter()
+        result = jax.block_until_ready(function(*args, **options))
+        seconds = time.perf_counter() - begin
+        self._rate = rate if key in self._called else None
+        if key not in self._called:
+            self.statistics.compile_seconds += seconds
+            self._called.add(key)
+        elif rate is not None:
+            rate.seconds += seconds
+        return result
+
+    def count(self, tokens: int) -> None:
+        """Adds the tokens of the last call, if its time was added to a rate."""
+        if self._rate is not None:
+            self._rate.tokens += tokens
+
+
+def _on_model(function: Callable[..., Any], treedef: Any) -> Callable[..., Any]:
+    """Lets `function` take the model as its leaves, which saves walking through it at each call."""
+
+    def called(leaves: list[jax.Array], *args: Any, **options: Any) -> Any:
+        return function(jax.tree.unflatten(treedef, leaves), *args, **options)
+
+    return called
+
+
+def _prefill(
+    model: GptOss,
+    cache: Cache,
+    logits: jax.Array,
+    tokens: jax.Array,
+    count: jax.Array,
+    *,
+    reach: int,
+) -> tuple[Cache, jax.Array]:
+    """One chunk [b, s] with count [b] real tokens a row; rows with none keep their logits."""
+    new, cache = model.step(tag(tokens, "b", "s"), cache, count=tag(count, "b"), reach=reach)
+    return cache, jnp.where(count[:, None] > 0, new.untag("b", "voc"), logits)
+
+
+def _first_token(cache: Cache, logits: jax.Array, wishes: _Wishes) -> _State:
+    index = cache.lengths.map(jnp.zeros_like)
+    token = wishes.sampling.choose(tag(logits, "b", "voc"), index)
+    idle = wishes.limit.map(lambda limit: limit == 0)
+    return _advance(_State(cache, token, index, idle), cache, token, wishes)
+
+
+def _advance(state: _State, cache: Cache, token: Tagged, wishes: _Wishes) -> _State:
+    """The state after `token` {b}, which rows that are done do not take."""
+    done, new = state.done.untag("b"), token.untag("b")
+    index = state.index.untag("b") + jnp.where(done, 0, 1)
+    stopped = (new[:, None] == wishes.stop.untag("b", "stop")).any(-1)
+    return _State(
+        cache,
+        tag(jnp.where(done, state.token.untag("b"), new), "b"),
+        tag(index, "b"),
+        tag(done | stopped | (index >= wishes.limit.untag("b")), "b"),
+    )
+
+
+def _decode(
+    model: GptOss, state: _State, wishes: _Wishes, steps: jax.Array, *, reach: int
+) -> tuple[_State, jax.Array]:
+    """Up to `steps` tokens a row, int32 [b, BLOCK] filled with -1, and the state after them."""
+    batch = state.token.size("b")
+
+    def running(carry: tuple[jax.Array, _State, jax.Array]) -> jax.Array:
+        return (carry[0] < steps) & ~carry[1].done.array.all()
+
+    def one(carry: tuple[jax.Array, _State, jax.Array]) -> tuple[jax.Array, _State, jax.Array]:
+        step, state, tokens = carry
+        # A batch of one ends with its only row; more rows have some that are done before others.
+        count = None if batch == 1 else state.done.map(lambda d: jnp.where(d, 0, 1))
+        last = tag(state.token.untag("b")[:, None], "b", "s")
+        logits, cache = model.step(last, state.cache, count=count, reach=reach)
+        token = wishes.sampling.choose(logits, state.index)
+        shown = jnp.where(state.done.array, _NOTHING, token.array)
+        tokens = lax.dynamic_update_slice_in_dim(tokens, shown[:, None], step, axis=1)
+        return step + 1, _advance(state, cache, token, wishes), tokens
+
+    empty = jnp.full((batch, BLOCK), _NOTHING, jnp.int32)
+    _, state, tokens = lax.while_loop(running, one, (jnp.asarray(0, jnp.int32), state, empty))
+    return state, tokens
