@@ -97,7 +97,8 @@ class Tokenizer:
                 f"the text has a lone surrogate {text[error.start]!r} at character {error.start}; "
                 "expected text that UTF-8 can hold"
             ) from None
-        return self._tokenizer.encode(text, add_special_tokens=False).ids
+        # The batch call skips the offsets of the tokens in the text and takes half the time.
+        return self._tokenizer.encode_batch_fast([text], add_special_tokens=False)[0].ids
 
     def decode(self, ids: Iterable[int]) -> str:
         """The text of `ids`; control tokens appear by name, ids without a meaning as "".

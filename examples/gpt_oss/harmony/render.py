@@ -38,8 +38,10 @@ def drop_past_reasoning(messages: Sequence[Message]) -> list[Message]:
 
     A turn without an answer yet (it stands at a tool call, say) keeps its reasoning.
     """
-    is_answer = [m.role == "assistant" and m.channel == "final" for m in messages]
-    last = len(messages) - 1 - is_answer[::-1].index(True) if any(is_answer) else 0
+    answers = [
+        i for i, m in enumerate(messages) if m.role == "assistant" and m.channel == "final"
+    ]
+    last = answers[-1] if answers else -1
     return [m for i, m in enumerate(messages) if m.channel != "analysis" or i > last]
 
 
