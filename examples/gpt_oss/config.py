@@ -6,12 +6,12 @@ inside, `num_experts_per_tok`). A value the model cannot honour is an error, nev
 """
 
 import dataclasses
-import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
+from gpt_oss import fields
+from gpt_oss.yarn import YarnScaling
 from moe_jax.checkpoint import ConfigError
 
 SLIDING, FULL = "sliding_attention", "full_attention"
@@ -41,7 +41,6 @@ REQUIRED_KEYS = (
 `rope_parameters` for the two rope keys. An end-of-sequence id must be here or in
 generation_config.json."""
 
-_MAX_SIZE = 2**31 - 1
 _ALTERNATIVES = {"num_experts_per_tok": "experts_per_token"}
 _FIXED = {
     "hidden_act": "silu",
@@ -49,37 +48,6 @@ _FIXED = {
     "tie_word_embeddings": False,
     "attention_dropout": 0.0,
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class YarnScaling:
-    """Stretching of rotary positions beyond the length a model was first trained with.
-
-    Reference: YaRN, https://arxiv.org/abs/2309.00071
-
-    Attributes:
-        factor: by how much the context is stretched, at least 1.
-        original_max_position_embeddings: the context, in tokens, before stretching.
-        beta_fast: rotations within the original context from which a frequency stays as it is.
-        beta_slow: rotations up to which a frequency is divided by `factor` in full.
-        truncate: whether the ends of the ramp between the two are rounded to whole dimensions.
-        attention_factor: what cosine and sine are multiplied with; None for
-            0.1 ln(factor) + 1.
-    """
-
-    factor: float
-    original_max_position_embeddings: int
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
-    truncate: bool = True
-    attention_factor: float | None = None
-
-    @property
-    def cosine_factor(self) -> float:
-        """The factor on cosine and sine."""
-        if self.attention_factor is not None:
-            return self.attention_factor
-        return 0.1 * math.log(self.factor) + 1.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -152,8 +120,8 @@ class GptOssConfig:
         folder = Path(path)
         generation = folder / "generation_config.json"
         return cls.from_dict(
-            _read_json(folder / "config.json"),
-            _read_json(generation) if generation.exists() else None,
+            fields.read_json(folder / "config.json"),
+            fields.read_json(generation) if generation.exists() else None,
         )
 
     @classmethod
@@ -173,27 +141,27 @@ class GptOssConfig:
         _check_supported(config)
         theta, scaling = _rope(config)
         return cls(
-            vocab_size=_integer(config, "vocab_size"),
-            hidden_size=_integer(config, "hidden_size"),
-            intermediate_size=_integer(config, "intermediate_size"),
-            num_hidden_layers=_integer(config, "num_hidden_layers"),
-            num_attention_heads=_integer(config, "num_attention_heads"),
-            num_key_value_heads=_integer(config, "num_key_value_heads"),
-            head_dim=_integer(config, "head_dim"),
-            num_experts=_integer(config, "num_local_experts"),
+            vocab_size=fields.integer(config, "vocab_size"),
+            hidden_size=fields.integer(config, "hidden_size"),
+            intermediate_size=fields.integer(config, "intermediate_size"),
+            num_hidden_layers=fields.integer(config, "num_hidden_layers"),
+            num_attention_heads=fields.integer(config, "num_attention_heads"),
+            num_key_value_heads=fields.integer(config, "num_key_value_heads"),
+            head_dim=fields.integer(config, "head_dim"),
+            num_experts=fields.integer(config, "num_local_experts"),
             experts_per_token=_experts_per_token(config),
             layer_types=_layer_types(config),
-            sliding_window=_integer(config, "sliding_window"),
-            max_position_embeddings=_integer(config, "max_position_embeddings"),
+            sliding_window=fields.integer(config, "sliding_window"),
+            max_position_embeddings=fields.integer(config, "max_position_embeddings"),
             rope_theta=theta,
             rope_scaling=scaling,
-            rms_norm_eps=_number(config, "rms_norm_eps"),
-            swiglu_limit=_number(config, "swiglu_limit"),
-            swiglu_alpha=_number(config, "swiglu_alpha", default=1.702),
+            rms_norm_eps=fields.number(config, "rms_norm_eps"),
+            swiglu_limit=fields.number(config, "swiglu_limit"),
+            swiglu_alpha=fields.number(config, "swiglu_alpha", default=1.702),
             eos_token_ids=_eos_ids(config, generation_config),
-            pad_token_id=_optional_id(config, "pad_token_id"),
-            initializer_range=_number(config, "initializer_range", default=0.02),
-            router_aux_loss_coef=_number(config, "router_aux_loss_coef", 0.0, minimum=0.0),
+            pad_token_id=fields.optional_id(config, "pad_token_id"),
+            initializer_range=fields.number(config, "initializer_range", default=0.02),
+            router_aux_loss_coef=fields.number(config, "router_aux_loss_coef", 0.0, minimum=0.0),
             quant_method=_quant_method(config),
         )
 
@@ -247,128 +215,52 @@ class GptOssConfig:
         return out
 
 
-def _error(key: str, expected: str, got: Any) -> ConfigError:
-    shown = repr(got)
-    return ConfigError(f"{key}: expected {expected}, got {shown[:200]}")
-
-
-def _read_json(path: Path) -> Mapping[str, Any]:
-    try:
-        contents = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(
-            f"{path} does not exist: give the folder that holds the checkpoint"
-        ) from None
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
-        raise ConfigError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(contents, dict):
-        raise ConfigError(f"{path}: expected a JSON object, got {type(contents).__name__}")
-    return contents
-
-
-def _value(config: Mapping[str, Any], key: str, expected: str) -> Any:
-    if key not in config:
-        raise ConfigError(f"{key} is missing: expected {expected}")
-    return config[key]
-
-
-def _integer(config: Mapping[str, Any], key: str) -> int:
-    expected = f"an integer between 1 and {_MAX_SIZE}"
-    value = _value(config, key, expected)
-    if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= _MAX_SIZE:
-        raise _error(key, expected, value)
-    return value
-
-
-def _number(
-    config: Mapping[str, Any],
-    key: str,
-    default: float | None = None,
-    *,
-    minimum: float | None = None,
-) -> float:
-    """A finite number above 0, or at least `minimum` where that is given."""
-    expected = "a number above 0" if minimum is None else f"a number of at least {minimum}"
-    value = _value(config, key, expected) if default is None else config.get(key, default)
-    good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-    if not good or not (value > 0 if minimum is None else value >= minimum):
-        raise _error(key, expected, value)
-    return float(value)
-
-
-def _boolean(config: Mapping[str, Any], key: str, default: bool) -> bool:
-    value = config.get(key, default)
-    if not isinstance(value, bool):
-        raise _error(key, "true or false", value)
-    return value
-
-
-def _optional_id(config: Mapping[str, Any], key: str) -> int | None:
-    value = config.get(key)
-    if value is None:
-        return None
-    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
-        raise _error(key, "a token id or null", value)
-    return value
-
-
 def _check_supported(config: Mapping[str, Any]) -> None:
     """Checks the values that gpt-oss has only one of."""
     if not isinstance(config, Mapping):
         raise ConfigError(f"config: expected a dictionary, got {type(config).__name__}")
-    model_type = _value(config, "model_type", "'gpt_oss'")
+    model_type = fields.required(config, "model_type", "'gpt_oss'")
     if model_type != "gpt_oss":
-        raise _error("model_type", "'gpt_oss'", model_type)
+        raise fields.error("model_type", "'gpt_oss'", model_type)
     for key, only in _FIXED.items():
         value = config.get(key, only)
         if value != only or isinstance(value, bool) != isinstance(only, bool):
-            raise _error(key, f"{only!r}, the only value gpt-oss models have", value)
+            raise fields.error(key, f"{only!r}, the only value gpt-oss models have", value)
 
 
 def _experts_per_token(config: Mapping[str, Any]) -> int:
     names = [k for k in ("num_experts_per_tok", "experts_per_token") if k in config]
-    values = [_integer(config, name) for name in names or ["num_experts_per_tok"]]
+    values = [fields.integer(config, name) for name in names or ["num_experts_per_tok"]]
     if len(set(values)) > 1:
-        raise _error(names[1], f"{values[0]}, as {names[0]} says", values[1])
+        raise fields.error(names[1], f"{values[0]}, as {names[0]} says", values[1])
     return values[0]
 
 
 def _layer_types(config: Mapping[str, Any]) -> tuple[str, ...]:
     expected = f"a list of {SLIDING!r} and {FULL!r}"
-    value = _value(config, "layer_types", expected)
+    value = fields.required(config, "layer_types", expected)
     if not isinstance(value, Sequence) or isinstance(value, str):
-        raise _error("layer_types", expected, value)
+        raise fields.error("layer_types", expected, value)
     for kind in value:
         if kind not in (SLIDING, FULL):
-            raise _error("layer_types", expected, kind)
+            raise fields.error("layer_types", expected, kind)
     return tuple(value)
 
 
 def _rope(config: Mapping[str, Any]) -> tuple[float, YarnScaling | None]:
     """Theta and scaling, from `rope_parameters` or from `rope_theta` and `rope_scaling`."""
     key = "rope_parameters" if config.get("rope_parameters") is not None else "rope_scaling"
-    scaling = _value(config, key, "an object, or null for plain rotary positions")
+    scaling = fields.required(config, key, "an object, or null for plain rotary positions")
     if scaling is not None and not isinstance(scaling, Mapping):
-        raise _error(key, "an object", scaling)
+        raise fields.error(key, "an object", scaling)
     scaling = scaling or {}
-    theta = _number(scaling if "rope_theta" in scaling else config, "rope_theta")
+    theta = fields.number(scaling if "rope_theta" in scaling else config, "rope_theta")
     kind = scaling.get("rope_type", scaling.get("type", "default"))
     if kind == "default":
         return theta, None
     if kind != "yarn":
-        raise _error(f"{key}.rope_type", "'yarn' or 'default'", kind)
-    for name in ("mscale", "mscale_all_dim"):
-        if scaling.get(name) is not None:
-            raise _error(f"{key}.{name}", "no such key: gpt-oss does not use it", scaling[name])
-    attention_factor = scaling.get("attention_factor")
-    return theta, YarnScaling(
-        factor=_number(scaling, "factor", minimum=1.0),
-        original_max_position_embeddings=_integer(scaling, "original_max_position_embeddings"),
-        beta_fast=_number(scaling, "beta_fast", 32.0),
-        beta_slow=_number(scaling, "beta_slow", 1.0),
-        truncate=_boolean(scaling, "truncate", True),
-        attention_factor=None if attention_factor is None else _number(scaling, "attention_factor"),
-    )
+        raise fields.error(f"{key}.rope_type", "'yarn' or 'default'", kind)
+    return theta, YarnScaling.from_dict(scaling, key)
 
 
 def _eos_ids(
@@ -381,7 +273,7 @@ def _eos_ids(
             if token is None:
                 continue
             if not isinstance(token, int) or isinstance(token, bool):
-                raise _error("eos_token_id", "a token id or a list of them", value)
+                raise fields.error("eos_token_id", "a token id or a list of them", value)
             found.add(token)
     if not found:
         raise ConfigError(
@@ -396,10 +288,10 @@ def _quant_method(config: Mapping[str, Any]) -> str | None:
     if quantization is None:
         return None
     if not isinstance(quantization, Mapping):
-        raise _error("quantization_config", "an object", quantization)
+        raise fields.error("quantization_config", "an object", quantization)
     method = quantization.get("quant_method")
     if method != "mxfp4":
-        raise _error("quantization_config.quant_method", "'mxfp4'", method)
+        raise fields.error("quantization_config.quant_method", "'mxfp4'", method)
     return method
 
 
@@ -407,29 +299,29 @@ def _check_relations(config: GptOssConfig) -> None:
     """Checks that the sizes fit each other."""
     c = config
     if c.experts_per_token > c.num_experts:
-        raise _error(
+        raise fields.error(
             "num_experts_per_tok", f"at most num_local_experts={c.num_experts}", c.experts_per_token
         )
     if c.num_attention_heads % c.num_key_value_heads:
-        raise _error(
+        raise fields.error(
             "num_attention_heads",
             f"a multiple of num_key_value_heads={c.num_key_value_heads}",
             c.num_attention_heads,
         )
     if c.head_dim % 2:
-        raise _error("head_dim", "an even number, for rotary halves", c.head_dim)
+        raise fields.error("head_dim", "an even number, for rotary halves", c.head_dim)
     for key in ("hidden_size", "intermediate_size"):
         if getattr(c, key) % MXFP4_BLOCK:
-            raise _error(key, f"a multiple of the MXFP4 block {MXFP4_BLOCK}", getattr(c, key))
+            raise fields.error(key, f"a multiple of the MXFP4 block {MXFP4_BLOCK}", getattr(c, key))
     if len(c.layer_types) != c.num_hidden_layers:
-        raise _error(
+        raise fields.error(
             "layer_types", f"num_hidden_layers={c.num_hidden_layers} entries", len(c.layer_types)
         )
     if not c.eos_token_ids:
-        raise _error("eos_token_id", "at least one token id", c.eos_token_ids)
+        raise fields.error("eos_token_id", "at least one token id", c.eos_token_ids)
     ids = [("eos_token_id", token) for token in c.eos_token_ids]
     if c.pad_token_id is not None:
         ids.append(("pad_token_id", c.pad_token_id))
     for key, token in ids:
         if not 0 <= token < c.vocab_size:
-            raise _error(key, f"an id below vocab_size={c.vocab_size}", token)
+            raise fields.error(key, f"an id below vocab_size={c.vocab_size}", token)
