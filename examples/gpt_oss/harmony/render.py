@@ -8,6 +8,7 @@ to=functions.f <|constrain|>json`), a tool result before it (`functions.f
 to=assistant<|channel|>commentary`).
 """
 
+import itertools
 from collections.abc import Iterable, Sequence
 
 from gpt_oss.harmony.messages import Conversation, DeveloperConfig, Message, SystemConfig
@@ -38,9 +39,7 @@ def drop_past_reasoning(messages: Sequence[Message]) -> list[Message]:
 
     A turn without an answer yet (it stands at a tool call, say) keeps its reasoning.
     """
-    answers = [
-        i for i, m in enumerate(messages) if m.role == "assistant" and m.channel == "final"
-    ]
+    answers = [i for i, m in enumerate(messages) if m.role == "assistant" and m.channel == "final"]
     last = answers[-1] if answers else -1
     return [m for i, m in enumerate(messages) if m.channel != "analysis" or i > last]
 
@@ -144,13 +143,13 @@ def _check_replay(ids: list[int], tokenizer: Tokenizer) -> None:
     inner = ids[1:-1]
     body = inner.index(control.message) if control.message in inner else len(inner)
     header, content = inner[:body], inner[body + 1 :]
-    author = header[: header.index(control.channel)] if control.channel in header else header
-    words = tokenizer.decode(author).split(" ")
+    author = itertools.takewhile(tokenizer.is_text, header)
+    role, *others = tokenizer.decode(author).split() or [""]
     allowed = (control.channel, control.constrain)
     sound = (
         body < len(inner)
-        and words[0] == "assistant"
-        and all(word.startswith("to=") for word in words[1:] if word)
+        and role.partition(":")[0] == "assistant"
+        and all(word.startswith("to=") for word in others)
         and all(tokenizer.is_text(i) or i in allowed for i in header)
         and all(tokenizer.is_text(i) for i in content)
     )
