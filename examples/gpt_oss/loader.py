@@ -296,7 +296,10 @@ def _fault(
     wanted = f"{' or '.join(dtypes)} {list(shape)}"
     entry = checkpoint.tensors.get(name)
     if entry is None:
-        return f"{name}: expected {wanted}, got nothing"
+        packed = (
+            " (or MXFP4, as _blocks and _scales)" if len(shape) == 3 and dtypes == _FLOATS else ""
+        )
+        return f"{name}: expected {wanted}{packed}, got nothing"
     if entry.shape != shape or entry.dtype_name not in dtypes:
         got = f"{entry.dtype_name} {list(entry.shape)}"
         return f"{entry.path.name}, {name}: expected {wanted}, got {got}"

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 import safetensors
 import tiny
+
 from gpt_oss.config import GptOssConfig
 from gpt_oss.layout import parameter_specs
 from gpt_oss.loader import read_parameters
 from gpt_oss.writer import write_checkpoint
-
 from moe_jax import tag
 from moe_jax.checkpoint import Checkpoint
 from moe_jax.quantization import BlockScaled
