@@ -253,14 +253,14 @@ def _rope(config: Mapping[str, Any]) -> tuple[float, YarnScaling | None]:
     scaling = fields.required(config, key, "an object, or null for plain rotary positions")
     if scaling is not None and not isinstance(scaling, Mapping):
         raise fields.error(key, "an object", scaling)
-    scaling = scaling or {}
+    if scaling is None:
+        return fields.number(config, "rope_theta"), None
     theta = fields.number(scaling if "rope_theta" in scaling else config, "rope_theta")
-    kind = scaling.get("rope_type", scaling.get("type", "default"))
-    if kind == "default":
-        return theta, None
-    if kind != "yarn":
-        raise fields.error(f"{key}.rope_type", "'yarn' or 'default'", kind)
-    return theta, YarnScaling.from_dict(scaling, key)
+    expected = "'yarn' or 'default'"
+    kind = fields.required(scaling, "rope_type", expected)
+    if kind not in ("yarn", "default"):
+        raise fields.error(f"{key}.rope_type", expected, kind)
+    return theta, YarnScaling.from_dict(scaling, key) if kind == "yarn" else None
 
 
 def _eos_ids(
