@@ -45,14 +45,14 @@ class TrainingConfig:
         seed: of parameters, batches and dropout.
     """
 
-    steps: int = 3000
+    steps: int = 6000
     text_rows: int = 48
-    chat_rows: int = 16
+    chat_rows: int = 24
     length: int = 512
-    learning_rate: float = 2e-3
+    learning_rate: float = 4e-3
     warmup: int = 200
     weight_decay: float = 0.1
-    dropout: float = 0.1
+    dropout: float = 0.2
     load_balance: float = 0.01
     router_z: float = 0.001
     quantize_from: float = 0.7
