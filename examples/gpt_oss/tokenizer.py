@@ -80,6 +80,7 @@ class Tokenizer:
         self.vocab_size: int = 1 + max(self._tokenizer.get_vocab(with_added_tokens=True).values())
         self.control = self._find_control_tokens(path)
         self._check_control_unreachable(path)
+        self._check_lossless(path)
 
     def encode(self, text: str) -> list[int]:
         """The ids of `text`, read as ordinary text: control ids never come out.
@@ -155,6 +156,17 @@ class Tokenizer:
                     f"{path}: the text {name!r} encodes to its control id; expected the token to "
                     "be special and absent from model.vocab, or user text could forge messages"
                 )
+
+    def _check_lossless(self, path: Path) -> None:
+        """A pre-tokenizer that adds a space, or a vocabulary that lacks a byte, alters text."""
+        # All one- and two-byte characters and every first byte of the longer ones.
+        longer = [*range(0x800, 0xD800, 0x800), *range(0xE000, 0x110000, 0x2000)]
+        probe = "".join(map(chr, [*range(0x800), *longer]))
+        if self.decode(self.encode(probe)) != probe:
+            raise CheckpointError(
+                f"{path}: expected text to survive encoding and decoding, but it changes; "
+                "the vocabulary lacks a byte, or the pre_tokenizer is not a plain ByteLevel"
+            )
 
 
 class TextStream:

@@ -175,6 +175,18 @@ def _no_decoder(document):
     document["decoder"] = None
 
 
+def _prefix_space(document):
+    document["pre_tokenizer"]["add_prefix_space"] = True
+
+
+def _no_pre_tokenizer(document):
+    document["pre_tokenizer"] = None
+
+
+def _byte_missing(document):
+    del document["model"]["vocab"]["\u0100"]
+
+
 def _vocab_as_list(document):
     document["model"]["vocab"] = ["a"]
 
@@ -188,6 +200,9 @@ def _vocab_as_list(document):
         (_other_model, "expected a BPE model .* got WordLevel"),
         (_not_byte_level, "expected byte-level tokens"),
         (_no_decoder, "ByteLevel decoder, got BPE and NoneType"),
+        (_prefix_space, "expected text to survive"),
+        (_no_pre_tokenizer, "expected text to survive"),
+        (_byte_missing, "expected text to survive"),
         (_vocab_as_list, "expected a tokenizer.json"),
     ],
 )
