@@ -126,6 +126,10 @@ def route(
     chosen = selection_scores(logits, router, selection_bias)
     _, ids = chosen.top_k(experts_per_token, "expert", "top_expert")
     weights = routing_weights(logits, ids, None, router)
+    # a NaN with its sign set ranks last, so that top_k may not choose it
+    rest = tuple(n for n in weights.axes if n != "top_expert")
+    unknown = jnp.isnan(logits.untag(*rest, "expert")).any(-1, keepdims=True)
+    weights = weights.map(lambda w: jnp.where(unknown, jnp.nan, w))
     if token_mask is not None:
         keep = token_mask.expand_to(ids)
         ids = ids.map(lambda i: jnp.where(keep, i, num_experts))
