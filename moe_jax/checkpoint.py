@@ -31,7 +31,14 @@ from moe_jax.safetensors_file import (
     read_json,
 )
 
-__all__ = ["INDEX_FILE", "SINGLE_FILE", "Checkpoint", "CheckpointError", "ConfigError"]
+__all__ = [
+    "INDEX_FILE",
+    "SINGLE_FILE",
+    "Checkpoint",
+    "CheckpointError",
+    "ConfigError",
+    "TensorEntry",
+]
 
 SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"

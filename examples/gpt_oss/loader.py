@@ -1,15 +1,18 @@
 """Loading a gpt-oss checkpoint: everything is checked first, then each tensor is read once.
 
-Experts in MXFP4 stay as they lie on disk, two arrays of bytes. The largest tensors are read first
-and each goes to its devices before the one after the next is read, so that loading never holds more
-than the weights and two tensors. With a mesh, every device reads only its own slices.
+Experts in MXFP4 stay as they lie on disk, two arrays of bytes. A few tensors are read at a time,
+the largest first, and each is on its devices before its reader begins another: on the CPU, where
+the array read becomes the device's own, loading takes no more memory than the weights. With a
+mesh, every device reads only its own slices.
 """
 
+import contextlib
 import dataclasses
 import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +22,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gpt_oss.config import GptOssConfig
 from gpt_oss.layout import ParameterSpec, parameter_specs
-from moe_jax.checkpoint import Checkpoint, CheckpointError
+from moe_jax.checkpoint import Checkpoint, CheckpointError, TensorEntry
 from moe_jax.quantization.mxfp4 import BLOCK_SIZE, BlockScaled, leaf_rules
 from moe_jax.tagged import Rules, Tagged, tag
 
@@ -32,6 +35,7 @@ type Place = Callable[["Source"], jax.Array]
 _FLOATS = ("BF16", "F16", "F32")
 _EXPONENT_BITS = {"BF16": 0x7F80, "F16": 0x7C00, "F32": 0x7F800000}
 _MAX_SCALE = 252  # beyond it the largest code, 6, passes the largest float32; 255 is NaN
+_READERS = 4
 _CHUNK = 1 << 20  # elements looked at together: their temporaries stay in the processor's cache
 
 
@@ -175,28 +179,31 @@ def _check_divisible(source: Source, sharding: NamedSharding) -> None:
 def _place_all(
     checkpoint: Checkpoint, sources: dict[str, Source], place: Place, progress: bool
 ) -> dict[str, jax.Array]:
-    arrays: dict[str, jax.Array] = {}
-    previous: jax.Array | None = None
-    for name in _largest_first(checkpoint, progress):
-        arrays[name] = place(sources[name])
-        if previous is not None:
-            previous.block_until_ready()  # frees the host's copy of it
-        previous = arrays[name]
+    """Reads and places all arrays, the largest first, several at a time."""
+    entries = sorted(checkpoint.tensors.values(), key=lambda entry: (-entry.nbytes, entry.name))
+
+    def read(entry: TensorEntry) -> tuple[TensorEntry, jax.Array]:
+        # Waiting for the device here bounds how many copies the host holds by the readers.
+        return entry, place(sources[entry.name]).block_until_ready()
+
+    with ThreadPoolExecutor(_READERS) as pool, _progress_bar(checkpoint, progress) as advance:
+        arrays: dict[str, jax.Array] = {}
+        for entry, array in pool.map(read, entries):
+            arrays[entry.name] = array
+            advance(entry.nbytes)
     return arrays
 
 
-def _largest_first(checkpoint: Checkpoint, progress: bool) -> Iterator[str]:
-    """Names of all tensors in the order of reading, counted on a progress bar."""
-    entries = sorted(checkpoint.tensors.values(), key=lambda entry: (-entry.nbytes, entry.name))
-    if not progress:
-        yield from (entry.name for entry in entries)
+@contextlib.contextmanager
+def _progress_bar(checkpoint: Checkpoint, shown: bool) -> Iterator[Callable[[int], object]]:
+    """Gives a function to be called with the bytes of each tensor done."""
+    if not shown:
+        yield lambda nbytes: None
         return
     from tqdm import tqdm
 
     with tqdm(total=checkpoint.nbytes, desc="Loading", unit="B", unit_scale=True) as bar:
-        for entry in entries:
-            yield entry.name
-            bar.update(entry.nbytes)
+        yield bar.update
 
 
 def _assemble(spec: ParameterSpec, arrays: dict[str, jax.Array]) -> Tagged | BlockScaled:
