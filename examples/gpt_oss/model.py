@@ -27,6 +27,7 @@ from jax import lax
 from gpt_oss.attention import attend, attend_causally
 from gpt_oss.cache import Cache, FullCache, RingCache, Span
 from gpt_oss.config import GptOssConfig
+from gpt_oss.layout import parameter_specs
 from gpt_oss.rope import cos_sin, rotate
 from moe_jax import GPT_OSS_ACTIVATION, BlockScaled, GptOssMLP, MoE, RouterStatistics, Tagged, tag
 
@@ -209,10 +210,12 @@ class GptOss(nnx.Module):
             moe_options: `algorithm`, `tokens_per_expert_ratio`, `overflow` of `moe_jax.MoE`.
 
         Raises:
-            ValueError: `dtype` is another, or a parameter does not have the shape `config` says.
+            ValueError: `dtype` is another, or a parameter does not have the axes and sizes that
+                `config` says.
         """
         if dtype not in (jnp.float32, jnp.bfloat16):
             raise ValueError(f"dtype must be float32 or bfloat16, got {dtype}")
+        parameters = _checked(config, parameters)
         self.config = config
         self.dtype = jnp.dtype(dtype)
         self.embed_tokens = nnx.Param(parameters("model.embed_tokens.weight"))
@@ -311,6 +314,20 @@ class GptOss(nnx.Module):
         """Logits, float32 {..., voc}, of what the last block returned, {..., d}."""
         with jax.named_scope("lm_head"):
             return self.lm_head(self.norm(x), "d", jnp.float32)
+
+
+def _checked(config: GptOssConfig, parameters: Parameters) -> Parameters:
+    """`parameters`, with a check that axes and sizes are those of the configuration."""
+    specs = parameter_specs(config)
+
+    def parameter(name: str) -> Any:
+        value, spec = parameters(name), specs[name]
+        expected = dict(zip(spec.axes, spec.shape, strict=True))
+        if value.axes != spec.axes or value.sizes != expected:
+            raise ValueError(f"{name}: expected the axes and sizes {expected}, got {value.sizes}")
+        return value
+
+    return parameter
 
 
 def _mixture(config: GptOssConfig, parameters: Parameters, prefix: str, **options: Any) -> MoE:

@@ -168,3 +168,15 @@ def test_norm() -> None:
 def test_other_dtypes_are_refused() -> None:
     with pytest.raises(ValueError, match="dtype must be float32 or bfloat16, got .*float16"):
         tiny_model.build("released_numbers", dtype=jnp.float16)
+
+
+def test_swapped_axes_are_refused() -> None:
+    config = tiny_model.config("released_numbers")
+    parameters = random_parameters(config, 0)
+
+    def swapped(name: str) -> Tagged:
+        value = parameters(name)
+        return Tagged(value.array.T, value.axes) if name.endswith("q_proj.weight") else value
+
+    with pytest.raises(ValueError, match=r"layers\.0\..*q_proj\.weight: expected .* 'd': 64}, got"):
+        GptOss(config, swapped)
