@@ -295,6 +295,14 @@ class TestSharded:
         )
         assert table.addressable_shards[0].data.nbytes * 8 == table.nbytes
 
+    def test_blocks_and_scales_follow_the_rule_of_in(self, folder, mesh):
+        place = loader.place_sharded(mesh, {"in": "e"})
+        experts = read(folder, GptOssConfig.from_folder(folder), place=place)[
+            "model.layers.0.mlp.experts.down_proj"
+        ]
+        assert experts.blocks.array.sharding.spec == PartitionSpec(None, None, "e", None)
+        assert experts.scales.array.sharding.spec == PartitionSpec(None, None, "e")
+
     def test_float_experts_by_slices(self, tmp_path, mesh, rng):
         folder = tmp_path
         source = tiny.tensors("divisible_by_8")
