@@ -273,7 +273,7 @@ class ChatSession:
         conversation = self.conversation.with_messages(Message("user", text))
         try:
             ids = render_conversation(conversation, self._tokenizer)
-        except UnicodeError as error:
+        except ValueError as error:
             raise UserError(f"the prompt cannot be encoded: {error}") from None
         reader = ChatReader(self._tokenizer)
 
