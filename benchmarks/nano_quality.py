@@ -4,8 +4,8 @@
     python benchmarks/nano_quality.py --data examples/data
 
 With a fixed budget every expert takes at most ratio x (its mean share) of the tokens of a batch of
-windows; the table says what that costs in quality, and how many (token, expert) pairs were re-routed
-to another expert or dropped.
+windows; the table says what that costs in quality, and how many (token, expert) pairs were
+re-routed to another expert or dropped.
 """
 
 import argparse
@@ -19,12 +19,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
 import jax
 import jax.numpy as jnp
 import numpy as np
-from gpt_oss.checkpoints import NANO
+
 from gpt_oss.config import GptOssConfig
 from gpt_oss.evaluate import bits_per_byte
 from gpt_oss.loader import read_parameters
 from gpt_oss.model import GptOss
-
+from gpt_oss.source import CHECKPOINTS
 from moe_jax import tag
 from moe_jax.checkpoint import Checkpoint
 
@@ -35,7 +35,7 @@ LENGTH, STRIDE, BATCH = 512, 256, 8
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--data", type=Path, required=True, help="folder of gpt_oss.nano.prepare")
-    parser.add_argument("--model", type=Path, default=NANO)
+    parser.add_argument("--model", type=Path, default=CHECKPOINTS / "gpt-oss-nano")
     parser.add_argument("--json", type=Path, help="where to write the rows")
     options = parser.parse_args()
     tokens = np.load(options.data / "heldout.npy").astype(np.int32)
@@ -46,9 +46,7 @@ def main() -> None:
     print(f"{'dispatch':30} {'bits/byte':>9} {'re-routed':>9} {'dropped':>9}")
     for name, settings in _variants():
         model = GptOss(config, parameters.__getitem__, dtype=jnp.float32, **settings)
-        bits = bits_per_byte(
-            model, tokens, num_bytes, length=LENGTH, stride=STRIDE, batch=BATCH
-        )
+        bits = bits_per_byte(model, tokens, num_bytes, length=LENGTH, stride=STRIDE, batch=BATCH)
         rerouted, dropped = _shares(model, tokens)
         rows.append(
             {"dispatch": name, "bits_per_byte": bits, "rerouted": rerouted, "dropped": dropped}

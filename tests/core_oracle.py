@@ -4,11 +4,25 @@ import dataclasses
 import math
 from collections.abc import Callable
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
 import moe_jax
 from moe_jax import Router, Tagged, tag
+
+moe = jax.jit(
+    moe_jax.mixture_of_experts,
+    static_argnames=(
+        "experts_per_token",
+        "normalization",
+        "tokens_per_expert_ratio",
+        "algorithm",
+        "overflow",
+        "with_report",
+    ),
+)
+"""`mixture_of_experts` as one program: to compile it costs less than to compile each operation."""
 
 _erf = np.vectorize(math.erf)
 

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from core_oracle import TinyExperts, combine, expert_choice, f32, route, softmax
+from core_oracle import TinyExperts, combine, expert_choice, f32, moe, route, softmax
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -80,7 +80,7 @@ def test_auto_agrees_around_its_switch_points(rng, k):
     logits = rng.normal(size=(switch + 1, 8)).astype(np.float32)
     expected = combine(x, *route(logits, k, Router()), experts)
     for tokens in (switch - 1, switch, switch + 1):
-        y = moe_jax.mixture_of_experts(
+        y = moe(
             experts.ours(), x[:tokens] + jnp.zeros(()), jnp.asarray(logits[:tokens]),
             experts_per_token=k,
         )  # fmt: skip
@@ -215,7 +215,7 @@ def test_fixed_budget_by_hand():
 def test_fixed_budget_values(rng, experts, overflow):
     x = rng.normal(size=(40, HIDDEN)).astype(np.float32)
     logits = (rng.normal(size=(40, EXPERTS)) + np.arange(EXPERTS)).astype(np.float32)
-    y, report = moe_jax.mixture_of_experts(
+    y, report = moe(
         experts.ours(), f32(x, "s", "d"), f32(logits, "s", "expert"), experts_per_token=K,
         tokens_per_expert_ratio=0.8, overflow=overflow, with_report=True,
     )  # fmt: skip
@@ -237,7 +237,7 @@ def test_fixed_budget_values(rng, experts, overflow):
 def test_a_large_budget_equals_the_exact_algorithms(rng, experts, k, overflow):
     x = rng.normal(size=(23, HIDDEN)).astype(np.float32)
     for logits in gatings(rng, 23).values():
-        y, report = moe_jax.mixture_of_experts(
+        y, report = moe(
             experts.ours(), f32(x, "s", "d"), f32(logits, "s", "expert"), experts_per_token=k,
             algorithm="fixed_budget", tokens_per_expert_ratio=100.0, overflow=overflow,
             with_report=True,
@@ -255,7 +255,7 @@ def test_fixed_budget_with_bias_and_before_top_k(rng, experts):
     router = Router("sigmoid", "before_top_k", renormalize=True)
     expected = combine(x, *route(logits, K, router, bias), experts)
     for algorithm in (*EXACT, "fixed_budget"):
-        y = moe_jax.mixture_of_experts(
+        y = moe(
             experts.ours(), f32(x, "s", "d"), f32(logits, "s", "expert"), experts_per_token=K,
             algorithm=algorithm, tokens_per_expert_ratio=100.0, normalization=router,
             selection_bias=jnp.asarray(bias, jnp.float32),
@@ -268,7 +268,7 @@ def test_nan_shows_in_its_row_only(rng, experts, algorithm):
     x = rng.normal(size=(6, HIDDEN)).astype(np.float32)
     logits = rng.normal(size=(6, EXPERTS)).astype(np.float32)
     call = functools.partial(
-        moe_jax.mixture_of_experts, experts.ours(), experts_per_token=K, algorithm=algorithm,
+        moe, experts.ours(), experts_per_token=K, algorithm=algorithm,
         tokens_per_expert_ratio=100.0,
     )  # fmt: skip
     clean = call(f32(x, "s", "d"), f32(logits, "s", "expert")).array

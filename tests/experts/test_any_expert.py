@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from core_oracle import combine, f32, softmax, weight
+from core_oracle import combine, f32, moe, softmax, weight
 from flax import nnx
 
 import moe_jax
@@ -70,7 +70,7 @@ def expected_of(data, one) -> np.ndarray:
 
 
 def call(experts, x, gating, algorithm):
-    return moe_jax.mixture_of_experts(
+    return moe(
         experts, x, gating, experts_per_token=2, algorithm=algorithm, tokens_per_expert_ratio=10.0
     )
 

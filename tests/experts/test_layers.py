@@ -11,6 +11,7 @@ from core_oracle import (
     combine,
     f32,
     gelu,
+    moe,
     random_mxfp4,
     softmax,
     weight,
@@ -108,7 +109,7 @@ def test_layers(rng, name, algorithm):
     logits = draw(rng, 6, EXPERTS)
     ids = np.argsort(-logits, 1)[:, :2]
     expected = combine(x, ids, softmax(np.take_along_axis(logits, ids, 1)), one)
-    y = moe_jax.mixture_of_experts(
+    y = moe(
         layer, f32(x, "s", "d"), f32(logits, "s", "expert"), experts_per_token=2,
         algorithm=algorithm, tokens_per_expert_ratio=10.0,
     )  # fmt: skip
@@ -144,7 +145,7 @@ def test_weights_take_the_dtype_of_the_rows(rng):
     x = draw(rng, 3, HIDDEN)
     low, gating = f32(x, "s", "d").astype(jnp.bfloat16), f32(np.zeros((3, EXPERTS)), "s", "expert")
     for algorithm in ALGORITHMS:
-        y = moe_jax.mixture_of_experts(
+        y = moe(
             layer, low, gating, experts_per_token=1, algorithm=algorithm,
             tokens_per_expert_ratio=10.0,
         )  # fmt: skip
@@ -161,7 +162,7 @@ def test_sizes_and_names_that_do_not_fit(rng, algorithm):
     layer, _ = gpt_oss(rng)
 
     def call(experts):
-        return moe_jax.mixture_of_experts(
+        return moe(
             experts, f32(np.ones((6, HIDDEN)), "s", "d"), f32(np.ones((6, EXPERTS)), "s", "expert"),
             experts_per_token=2, algorithm=algorithm, tokens_per_expert_ratio=10.0,
         )  # fmt: skip
