@@ -43,13 +43,14 @@ def test_greedy_tokens_with_packed_experts() -> None:
     assert found == GOLDENS[f"{name}/greedy"].tolist()
 
 
-def test_prompt_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first tokens after a prompt of 35 taken as 8 + 8 + 8 + 8 + 3 of 4, against NumPy."""
+def test_prompts_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """35 tokens taken as 8 + 8 + 8 + 8 + 3 of 4; the row beside it ends in the second chunk."""
     monkeypatch.setattr(engine_module, "PREFILL_CHUNKS", (4, 8))
-    engine = Engine(tiny_model.build(NAME), context=CONTEXT)
-    prompt = tiny.prompts(NAME)["several_windows"]
-    expected = oracle.greedy(tiny_model.weights(NAME), tiny.config(NAME), prompt, 3)
-    assert list(engine.generate(prompt, max_tokens=3, stop_ids=())) == expected
+    engine = Engine(tiny_model.build(NAME), context=CONTEXT, batch=2)
+    prompts = [tiny.prompts(NAME)["several_windows"], PROMPT]
+    rows = engine.stream([Request(p, max_tokens=3, stop_ids=()) for p in prompts]).collect()
+    first = oracle.greedy(tiny_model.weights(NAME), tiny.config(NAME), prompts[0], 3)
+    assert rows == [first, GREEDY[:3]]
 
 
 def test_longer_reach(monkeypatch: pytest.MonkeyPatch) -> None:
