@@ -72,9 +72,9 @@ def resolve(
         return _nano()
     if model in REPOSITORIES:
         return _repository(REPOSITORIES[model], revision, offline, progress)
-    if Path(model).is_dir():
+    if model and Path(model).is_dir():  # Path("") would be the current folder
         return Source(Path(model).resolve().name, Path(model))
-    if Path(model).exists():
+    if model and Path(model).exists():
         raise UserError(f"{model} is a file: give the folder that holds config.json")
     if _REPOSITORY.fullmatch(model):
         return _repository(model, revision, offline, progress)

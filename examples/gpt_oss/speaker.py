@@ -109,8 +109,10 @@ def _ask() -> str | None:
             return input("> ")
         print("> ", end="", file=sys.stderr, flush=True)  # input() would write it to stdout
         return input()
-    except EOFError:
-        _note("")
+    except (EOFError, KeyboardInterrupt) as ending:
+        _note("")  # the shell's next prompt begins on a line of its own
+        if isinstance(ending, KeyboardInterrupt):
+            raise
         return None
 
 
