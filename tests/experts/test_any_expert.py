@@ -12,6 +12,7 @@ from flax import nnx
 
 import moe_jax
 from moe_jax import Tagged
+from moe_jax.experts.base import OneExpert
 
 EXPERTS, HIDDEN = 4, 5
 ALGORITHMS = ["per_token", "dense", "grouped", "fixed_budget"]
@@ -167,6 +168,12 @@ def test_leaves_without_an_expert_axis_are_refused(data):
     short = BareAffine(jnp.ones((EXPERTS, HIDDEN)), jnp.ones((3, HIDDEN)))
     with pytest.raises(ValueError, match=r"\.shift holds 3 experts, the gating has 4"):
         call(short, *bare_both(data), "auto")
+
+
+def test_a_single_expert_may_call_another(data):
+    """`Rows.call` with one expert is its call."""
+    x = f32(data[0], "s", "d")
+    np.testing.assert_array_equal(OneExpert().call(Unchanged(), x).array, data[0])
 
 
 def test_subclass_of_expert_with_select(rng, data):
