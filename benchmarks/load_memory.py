@@ -15,7 +15,7 @@ import jax
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
 
-from gpt_oss.loader import load  # noqa: E402
+from gpt_oss.loader import load_model  # noqa: E402
 from moe_jax.checkpoint import Checkpoint  # noqa: E402
 
 _RSS_UNIT = 1 if sys.platform == "darwin" else 1024
@@ -36,7 +36,7 @@ def main() -> None:
     jax.device_put(0.0).block_until_ready()
     before = peak_bytes()
     start = time.perf_counter()
-    model = load(arguments.folder, dtype=arguments.dtype, progress=arguments.progress)
+    model = load_model(arguments.folder, dtype=arguments.dtype, progress=arguments.progress)
     jax.block_until_ready(jax.tree.leaves(model))
     seconds = time.perf_counter() - start
     held = sum(leaf.nbytes for leaf in jax.tree.leaves(model))

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -60,7 +61,7 @@ class Source:
     read: Callable[[Index], np.ndarray]
 
 
-def load(
+def load_model(
     folder: str | os.PathLike[str],
     *,
     dtype: Any = None,
@@ -76,7 +77,8 @@ def load(
 
     Args:
         folder: has config.json and model.safetensors, or the shards and their index.
-        dtype: float dtype of all weights that are not in MXFP4; None keeps the file's.
+        dtype: what to compute in, and of all weights that are not in MXFP4: float32 or bfloat16.
+            None computes in bfloat16 and keeps the dtypes of the file.
         mesh: devices to spread the weights over; None puts them on the default device.
         rules: axis tag -> mesh axis. Axes without a rule are on every device in full.
         progress: whether to show a progress bar on stderr; None shows it on a terminal only.
@@ -97,7 +99,7 @@ def load(
     parameters = read_parameters(
         Checkpoint.open(folder), config, dtype=dtype, place=place, progress=shown
     )
-    return GptOss(config, parameters.__getitem__)
+    return GptOss(config, parameters.__getitem__, dtype=dtype or jnp.bfloat16)
 
 
 def read_parameters(
@@ -118,10 +120,10 @@ def read_parameters(
         progress: whether to show a progress bar on stderr.
 
     Raises:
-        CheckpointError: as `load`.
+        CheckpointError: as `load_model`.
         TypeError: `dtype` is not a float dtype.
     """
-    if dtype is not None and not jax.numpy.issubdtype(dtype, jax.numpy.floating):
+    if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(f"dtype must be a float dtype, got {dtype}: MXFP4 bytes are kept anyway")
     specs = parameter_specs(config)
     _validate(checkpoint, specs)

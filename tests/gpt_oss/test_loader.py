@@ -150,7 +150,7 @@ class TestRead:
 
     def test_builds_the_model(self, tmp_path):
         tiny.write(NAME, tmp_path)
-        model = loader.load(tmp_path)
+        model = loader.load_model(tmp_path)
         assert (
             sum(leaf.nbytes for leaf in jax.tree.leaves(model)) == Checkpoint.open(tmp_path).nbytes
         )
@@ -322,11 +322,11 @@ class TestSharded:
     def test_mesh_that_does_not_divide(self, tmp_path, mesh):
         tiny.write(NAME, tmp_path)
         with pytest.raises(ValueError, match="size 7 cannot be split over 4 devices"):
-            loader.load(tmp_path, mesh=mesh, rules={"expert": "e"})
+            loader.load_model(tmp_path, mesh=mesh, rules={"expert": "e"})
 
     def test_mesh_and_rules_go_together(self, folder, mesh):
         with pytest.raises(ValueError, match="both or neither"):
-            loader.load(folder, mesh=mesh)
+            loader.load_model(folder, mesh=mesh)
 
     def test_bad_value_is_placed_in_the_whole_tensor(self, tmp_path, mesh):
         source = tiny.tensors("divisible_by_8")
@@ -442,7 +442,7 @@ class TestDamage:
         tiny.write(NAME, tmp_path, 3)
         (tmp_path / "model-00001-of-00002.safetensors").unlink()
         with pytest.raises(CheckpointError, match="model-00001-of-00002.safetensors: No such file"):
-            loader.load(tmp_path)
+            loader.load_model(tmp_path)
 
     @pytest.mark.parametrize("count", [1, 1000, 10**5])
     def test_truncated_shard(self, tmp_path, count):
@@ -450,7 +450,7 @@ class TestDamage:
         path = tmp_path / "model-00002-of-00002.safetensors"
         os.truncate(path, path.stat().st_size - count)
         with pytest.raises(CheckpointError, match="model-00002-of-00002.safetensors: .*truncated"):
-            loader.load(tmp_path)
+            loader.load_model(tmp_path)
 
     def test_file_truncated_while_loading(self, tmp_path, config, tensors):
         path = write(tmp_path, tensors) / "model.safetensors"
@@ -462,13 +462,13 @@ class TestDamage:
     def test_no_configuration(self, tmp_path, tensors):
         (write(tmp_path, tensors) / "config.json").unlink()
         with pytest.raises(ConfigError, match="config.json"):
-            loader.load(tmp_path)
+            loader.load_model(tmp_path)
 
 
 MEASURE = """
 import sys
 import jax
-from gpt_oss.loader import load
+from gpt_oss.loader import load_model
 
 def peak():  # of this program alone; getrusage would count what the parent had when it forked
     with open("/proc/self/status") as file:
@@ -476,7 +476,7 @@ def peak():  # of this program alone; getrusage would count what the parent had 
 
 jax.device_put(0.0).block_until_ready()
 before = peak()
-model = load(sys.argv[1])
+model = load_model(sys.argv[1])
 print(before * 1024, peak() * 1024)
 """
 
