@@ -29,7 +29,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("--reasoning belongs to the chat format: leave it or --raw out")
     if arguments.ignore_eos and not arguments.raw:
         parser.error("--ignore-eos needs --raw: a chat ends where the model ends it")
-    if arguments.algorithm == "fixed_budget" and arguments.tokens_per_expert_ratio is None:
+    ratio = arguments.tokens_per_expert_ratio
+    if ratio is not None and arguments.algorithm not in ("auto", "fixed_budget"):
+        parser.error("--tokens-per-expert-ratio needs --algorithm auto or fixed_budget")
+    if arguments.algorithm == "fixed_budget" and ratio is None:
         parser.error("--algorithm fixed_budget needs --tokens-per-expert-ratio")
     return arguments
 

@@ -111,7 +111,7 @@ def test_lines_of_json_have_every_token_and_then_the_statistics(
 
 def test_flags_reach_the_model_and_the_engine(command, scripted, checkpoint):
     sampling = "--temperature 0.5 --top-p 0.9 --top-k 8 --min-p 0.1 --seed 3 --max-tokens 70"
-    model = "--context 500 --dtype bfloat16 --algorithm dense --tokens-per-expert-ratio 2"
+    model = "--context 500 --dtype bfloat16 --algorithm fixed_budget --tokens-per-expert-ratio 2"
     flags = [*sampling.split(), *model.split(), "--reasoning", "high", "--developer", "Rhyme."]
     assert command("-p", "Hi", *flags, replies=[REPLY + ".<|return|>"]) == 0
     assert scripted.options == [(Sampler(0.5, 8, 0.9, 0.1), 70, 3)]
@@ -120,7 +120,7 @@ def test_flags_reach_the_model_and_the_engine(command, scripted, checkpoint):
         "dtype": "bfloat16",
         "context": 500,
         "progress": False,
-        "algorithm": "dense",
+        "algorithm": "fixed_budget",
         "tokens_per_expert_ratio": 2.0,
     }
     assert "Reasoning: high" in scripted.prompts[0]
@@ -291,6 +291,7 @@ def test_a_fault_of_the_program_keeps_its_traceback(command, monkeypatch):
         ["--algorithm", "fastest"],
         ["--algorithm", "fixed_budget"],
         ["--tokens-per-expert-ratio", "inf"],
+        ["--algorithm", "dense", "--tokens-per-expert-ratio", "2"],
         ["--raw", "--developer", "x"],
         ["--raw", "--reasoning", "low"],
         ["--ignore-eos"],
