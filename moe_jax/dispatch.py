@@ -5,9 +5,11 @@ Three algorithms compute the same function and differ in what they cost:
     per_token   gathers the weights of the chosen experts, row by row. Reads
                 tokens x experts_per_token experts: best for a token or a few.
     dense       runs every expert on every token and keeps what was chosen. No gather of rows at
-                all: best where most experts are chosen anyway.
+                all: best where most experts are chosen anyway. An expert that overflows on a token
+                that did not choose it leaves the result alone, but makes gradients NaN.
     grouped     sorts (token, expert) pairs by expert and multiplies group by group. Multiplies
-                only what was chosen and reads each expert once: best for many tokens.
+                only what was chosen and reads each expert once: best for many tokens. Has
+                gradients, but no forward-mode derivatives.
 
 The fourth computes another function:
 
@@ -89,14 +91,9 @@ def token_budget(
     Raises:
         ValueError: the ratio is not a positive finite number.
     """
-    ratio = tokens_per_expert_ratio
-    if not (isinstance(ratio, numbers.Real) and math.isfinite(ratio) and ratio > 0):
-        raise ValueError(
-            f"tokens_per_expert_ratio must be a positive number, got {ratio!r}; "
-            f"leave it None to compute every chosen pair"
-        )
+    check_ratio(tokens_per_expert_ratio)
     mean = num_tokens * experts_per_token / num_experts
-    budget = -(-math.ceil(ratio * mean) // _BUDGET_MULTIPLE) * _BUDGET_MULTIPLE
+    budget = -(-math.ceil(tokens_per_expert_ratio * mean) // _BUDGET_MULTIPLE) * _BUDGET_MULTIPLE
     return min(num_tokens, budget)
 
 
@@ -220,6 +217,15 @@ def plan_fixed_budget(
         slot=Tagged(jnp.take_along_axis(place, ids, axis=1), pairs),
         report=report,
     )
+
+
+def check_ratio(ratio: float) -> None:
+    """Raises ValueError unless the ratio is a positive finite number."""
+    if not (isinstance(ratio, numbers.Real) and math.isfinite(ratio) and ratio > 0):
+        raise ValueError(
+            f"tokens_per_expert_ratio must be a positive number, got {ratio!r}; "
+            f"leave it None to compute every chosen pair"
+        )
 
 
 def check_overflow(overflow: str) -> None:

@@ -11,9 +11,10 @@ from moe_jax.call import like_tokens, token_axes
 from moe_jax.dispatch import DispatchReport, Overflow
 from moe_jax.experts.base import check_experts
 from moe_jax.losses import load_balance_loss, router_z_loss
-from moe_jax.mixture_of_experts import AlgorithmChoice, mixture_of_experts
+from moe_jax.mixture_of_experts import AlgorithmChoice, check_dispatch, mixture_of_experts
 from moe_jax.routing import Router, check_experts_per_token, route, router_logits
 from moe_jax.tagged import Tagged, is_tagged
+from moe_jax.variables import Variables, fixed, param, value
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,6 +35,9 @@ class MoEConfig:
     tokens_per_expert_ratio: float | None = None
     overflow: Overflow = "reroute"
 
+    def __post_init__(self) -> None:
+        check_dispatch(self.algorithm, self.tokens_per_expert_ratio, self.overflow)
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -51,19 +55,15 @@ class RouterStatistics:
     report: DispatchReport
 
 
-class PackedExperts(nnx.Variable):
-    """Holds experts with integer weights, which have no gradient; not an `nnx.Param`."""
-
-
 class MoE(nnx.Module):
     """A mixture-of-experts layer with its router.
 
     Attributes:
         router_weight: Param of {expert, d}; without a bias its rows are centroids.
         router_bias: Param of {expert}, or None.
-        selection_bias: Param of {expert}, or None; see `mixture_of_experts`.
-        experts: Param of the experts; `PackedExperts` where they hold integers; the module itself
-            where they are an `nnx.Module`, whose Params are then its own.
+        selection_bias: `Fixed` of {expert}, or None; see `mixture_of_experts`. It has no gradient.
+        experts: `Variables` of the experts: Params for floats, `Fixed` for packed weights. The
+            module itself where they are an `nnx.Module`.
         config: `MoEConfig`.
     """
 
@@ -85,24 +85,18 @@ class MoE(nnx.Module):
         num_experts = router_weight.size("expert")
         check_experts_per_token(experts_per_token, num_experts)
         check_experts(experts, num_experts)
-        packed = any(
-            not jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in jax.tree.leaves(experts)
-        )
-        self.router_weight = nnx.Param(router_weight)
-        self.router_bias = None if router_bias is None else nnx.Param(router_bias)
-        self.selection_bias = None if selection_bias is None else nnx.Param(selection_bias)
-        if isinstance(experts, nnx.Module):
-            self.experts = experts
-        else:
-            self.experts = PackedExperts(experts) if packed else nnx.Param(experts)
+        self.router_weight = param(router_weight)
+        self.router_bias = None if router_bias is None else param(router_bias)
+        self.selection_bias = None if selection_bias is None else fixed(selection_bias)
+        self.experts = experts if isinstance(experts, nnx.Module) else Variables(experts)
         self.config = MoEConfig(
             experts_per_token, router, algorithm, tokens_per_expert_ratio, overflow
         )
 
     def logits(self, x: Tagged) -> Tagged:
         """The router's logits {..., expert}, float32, of x {..., d}."""
-        bias = None if self.router_bias is None else self.router_bias.get_value()
-        return router_logits(x, self.router_weight.get_value(), bias)
+        bias = None if self.router_bias is None else value(self.router_bias)
+        return router_logits(x, value(self.router_weight), bias)
 
     def __call__(self, x: Any, *, token_mask: Any = None) -> Any:
         """x {..., d} -> {..., d}, `Tagged` or bare; token_mask as in `mixture_of_experts`."""
@@ -145,7 +139,7 @@ class MoE(nnx.Module):
         return y, logits, report
 
     def _experts(self) -> Any:
-        return self.experts if isinstance(self.experts, nnx.Module) else self.experts.get_value()
+        return self.experts.tree() if isinstance(self.experts, Variables) else self.experts
 
     def _selection_bias(self) -> Tagged | None:
-        return None if self.selection_bias is None else self.selection_bias.get_value()
+        return None if self.selection_bias is None else value(self.selection_bias)

@@ -105,13 +105,13 @@ def mixture_of_experts(
         TypeError: a dtype is wrong.
     """
     router = _router(normalization)
+    check_dispatch(algorithm, tokens_per_expert_ratio, overflow)
     layer = Call.of(experts, x, gating, "expert", token_mask)
     logits, mask = layer.per_token, layer.mask
     num_experts = logits.size("expert")
     check_experts_per_token(experts_per_token, num_experts)
     check_groups(router, experts_per_token, num_experts)
     check_experts(layer.experts, num_experts)
-    dispatch.check_overflow(overflow)
     if selection_bias is not None and not is_tagged(selection_bias):
         selection_bias = tag(selection_bias, "expert")
     if not jnp.issubdtype(logits.dtype, jnp.floating):
@@ -173,6 +173,11 @@ def fused_experts(
         ValueError: axes or sizes do not fit, or the experts hold no arrays.
         TypeError: ids are not integers, or scores not floats.
     """
+    if algorithm == "fixed_budget":
+        raise ValueError(
+            "fused_experts computes every pair: algorithm 'fixed_budget' is not for it"
+        )
+    check_dispatch(algorithm, None, "reroute")
     layer = Call.of(experts, hidden_states, selected_experts, "top_expert", token_mask)
     other = Call.of(experts, hidden_states, scores, "top_expert", token_mask)
     ids, weights = layer.per_token, other.per_token
@@ -204,18 +209,23 @@ def _router(normalization: Normalization) -> Router:
     return _NORMALIZATIONS[normalization]
 
 
+def check_dispatch(algorithm: str, ratio: float | None, overflow: str) -> None:
+    """Raises ValueError for an unknown or contradictory choice of dispatch."""
+    if algorithm != "auto" and algorithm not in ALGORITHMS:
+        raise ValueError(f"algorithm must be 'auto' or one of {ALGORITHMS}, got {algorithm!r}")
+    if algorithm == "fixed_budget" and ratio is None:
+        raise ValueError("algorithm 'fixed_budget' needs tokens_per_expert_ratio, got None")
+    if ratio is not None:
+        dispatch.check_ratio(ratio)
+    dispatch.check_overflow(overflow)
+
+
 def _algorithm(
     choice: str, num_tokens: int, num_experts: int, experts_per_token: int, ratio: float | None
 ) -> str:
-    """Resolves `auto` and checks a named algorithm against the other options."""
-    if ratio is not None:
-        dispatch.token_budget(num_tokens, num_experts, experts_per_token, ratio)
+    """The algorithm to use."""
     if choice == "auto":
         return dispatch.choose_algorithm(num_tokens, num_experts, experts_per_token, ratio)
-    if choice not in ALGORITHMS:
-        raise ValueError(f"algorithm must be 'auto' or one of {ALGORITHMS}, got {choice!r}")
-    if choice == "fixed_budget" and ratio is None:
-        raise ValueError("algorithm 'fixed_budget' needs tokens_per_expert_ratio, got None")
     return choice
 
 

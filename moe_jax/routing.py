@@ -99,8 +99,9 @@ def route(
 ) -> Routing:
     """Chooses experts and weighs them.
 
-    Of equal logits the expert with the lowest index wins. A token whose logits are all -inf gets
-    weights 0; a NaN among the logits makes the token's weights NaN.
+    Of equal logits the expert with the lowest index wins. An expert whose logit is -inf is barred:
+    where it is among the best all the same, its id is `num_experts` and its weight 0. A NaN among
+    the logits makes the token's weights NaN.
 
     Args:
         logits: {..., expert}, any float type.
@@ -130,6 +131,10 @@ def route(
     rest = tuple(n for n in weights.axes if n != "top_expert")
     unknown = jnp.isnan(logits.untag(*rest, "expert")).any(-1, keepdims=True)
     weights = weights.map(lambda w: jnp.where(unknown, jnp.nan, w))
+    # an expert whose logit is -inf is barred: its pair is none
+    index = ids.untag(*rest, "top_expert")
+    barred = jnp.take_along_axis(logits.untag(*rest, "expert"), index, axis=-1) == -jnp.inf
+    ids = Tagged(jnp.where(barred, num_experts, index), (*rest, "top_expert"))
     if token_mask is not None:
         keep = token_mask.expand_to(ids)
         ids = ids.map(lambda i: jnp.where(keep, i, num_experts))

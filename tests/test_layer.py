@@ -10,7 +10,7 @@ from flax import nnx
 
 import moe_jax
 from moe_jax import MoE, Router, tag
-from moe_jax.layer import PackedExperts
+from moe_jax.variables import Fixed
 
 EXPERTS, HIDDEN, TOKENS, K = 6, 5, 8, 2
 GPT_OSS = Router()
@@ -117,20 +117,45 @@ def test_flax_modules_as_experts_keep_their_own_params(parts):
     assert float((layer(x) ** 2).sum()) < 0.99 * before
 
 
-def test_packed_experts_are_no_param(rng):
+def test_the_optimizer_of_flax_lowers_the_loss(parts):
+    layer, x = layer_of(parts), jnp.asarray(parts[3])
+    optimizer = nnx.Optimizer(layer, optax.adam(1e-2), wrt=nnx.Param)
+
+    @nnx.jit
+    def step(layer, optimizer):
+        value, gradient = nnx.value_and_grad(lambda m: ((m(x) - x) ** 2).mean())(layer)
+        optimizer.update(layer, gradient)
+        return value
+
+    with jax.numpy_dtype_promotion("standard"):  # which optax needs
+        losses = [float(step(layer, optimizer)) for _ in range(20)]
+    assert losses[-1] < 0.7 * losses[0]
+
+
+def test_the_selection_bias_is_left_to_its_owner(parts):
+    layer = layer_of(parts, selection_bias=f32(np.zeros(EXPERTS), "expert"))
+    assert isinstance(layer.selection_bias, Fixed)
+    assert "selection_bias" not in nnx.state(layer, nnx.Param)
+
+
+def test_packed_weights_are_fixed_and_their_biases_train(rng):
     gate_up, up_values = random_mxfp4(rng, EXPERTS, 64, 2)
     down, down_values = random_mxfp4(rng, EXPERTS, 64, 1)
     b1, b2 = rng.normal(size=(2, EXPERTS, 64)).astype(np.float32)
     packed = moe_jax.GptOssMLP(gate_up, f32(b1, "expert", "out"), down, f32(b2, "expert", "out"))
     weight = rng.normal(size=(EXPERTS, 64)).astype(np.float32)
     layer = MoE(packed, f32(weight, "expert", "d"), experts_per_token=K)
-    assert isinstance(layer.experts, PackedExperts)
+    held = layer.experts.leaves
+    fixed = {name for name, variable in held.items() if isinstance(variable, Fixed)}
+    assert fixed == {"gate_up.blocks", "gate_up.scales", "down.blocks", "down.scales"}
     x = f32(rng.normal(size=(TOKENS, 64)), "s", "d")
     gradient = jax.jit(nnx.grad(lambda m, v: m(v).map(jnp.square).sum("s").sum("d").array))(
         layer, x
     )
-    assert set(gradient) == {"router_weight"}
-    assert np.isfinite(gradient["router_weight"].get_value().array).all()
+    assert set(gradient) == {"router_weight", "experts"}
+    assert set(gradient["experts"]["leaves"]) == {"gate_up_bias", "down_bias"}
+    assert all(np.abs(np.asarray(g)).max() > 0 for g in jax.tree.leaves(gradient))
+    assert all(np.isfinite(g).all() for g in jax.tree.leaves(gradient))
 
     def one(e, row):
         h = up_values[e] @ row + b1[e]
@@ -171,6 +196,20 @@ def test_padding_with_nan_does_not_reach_the_gradients(parts):
     value, gradient = nnx.jit(nnx.value_and_grad(loss))(layer_of(parts))
     assert np.isfinite(value)
     assert all(np.isfinite(g).all() for g in jax.tree.leaves(gradient))
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"algorithm": "sparse"}, "algorithm must be 'auto' or one of"),
+        ({"algorithm": "fixed_budget"}, "needs tokens_per_expert_ratio, got None"),
+        ({"tokens_per_expert_ratio": 0.0}, "must be a positive number, got 0.0"),
+        ({"overflow": "spill"}, "overflow must be 'reroute' or 'drop', got 'spill'"),
+    ],
+)
+def test_refuses_options_when_it_is_made(parts, options, message):
+    with pytest.raises(ValueError, match=message):
+        layer_of(parts, **options)
 
 
 def test_refuses(parts):

@@ -7,7 +7,7 @@ import pytest
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
-from moe_jax import Tagged, tag, tagged
+from moe_jax import Tagged, tag, transforms
 
 
 def array(*shape: int) -> jax.Array:
@@ -241,7 +241,7 @@ def test_abstract_values_keep_names(x):
     assert tag(jax.ShapeDtypeStruct((2, 3), jnp.float32), "s", "d").sizes == {"s": 2, "d": 3}
 
 
-TEACHING = r"array of 2 axes carries the 3 names \{a, b, c\}.*moe_jax.tagged.vmap"
+TEACHING = r"array of 2 axes carries the 3 names \{a, b, c\}.*moe_jax.transforms.vmap"
 USES = {
     "add": lambda v: v + 1,
     "dot": lambda v: v.dot(tag(array(3), "b"), "b"),
@@ -277,15 +277,15 @@ def test_vmap_by_name(x):
         assert v.axes == ("a", "c") and w.axes == ("c",) and u.axes == ()
         return v.dot(w, "c") * scale, u, v.array.sum()
 
-    result, scalars, totals = tagged.vmap(inner, "b")(x, other, bare, 2.0)
+    result, scalars, totals = transforms.vmap(inner, "b")(x, other, bare, 2.0)
     expected = 2 * np.einsum("abc,cb->ba", np.asarray(x.array), np.asarray(other.array))
     assert result.axes == ("b", "a") and scalars.axes == ("b",)
     np.testing.assert_allclose(result.array, expected)
     np.testing.assert_allclose(totals, np.asarray(x.array).sum((0, 2)))
-    whole = tagged.vmap(lambda v, w: v.sum("c") + w.sum("z"), "b")(x, tag(array(5), "z"))
+    whole = transforms.vmap(lambda v, w: v.sum("c") + w.sum("z"), "b")(x, tag(array(5), "z"))
     np.testing.assert_allclose(whole.array, np.asarray(x.array).sum(2).T + 10)
     with pytest.raises(ValueError, match="no argument has the axis 'z'"):
-        tagged.vmap(lambda v: v, "z")(x)
+        transforms.vmap(lambda v: v, "z")(x)
 
 
 def test_scan_by_name(x):
@@ -294,16 +294,16 @@ def test_scan_by_name(x):
         carry = carry + v
         return carry, (carry, v.array.sum())
 
-    carry, (steps, totals) = tagged.scan(step, tag(jnp.zeros((2, 4)), "a", "c"), x, "b")
+    carry, (steps, totals) = transforms.scan(step, tag(jnp.zeros((2, 4)), "a", "c"), x, "b")
     cumulative = np.asarray(x.array).cumsum(1)
     assert carry.axes == ("a", "c") and steps.axes == ("b", "a", "c")
     np.testing.assert_array_equal(carry.array, cumulative[:, -1])
     np.testing.assert_array_equal(steps.array, cumulative.transpose(1, 0, 2))
     np.testing.assert_array_equal(totals, np.asarray(x.array).sum((0, 2)))
     with pytest.raises(ValueError, match="no axis 'z'"):
-        tagged.scan(step, carry, x, "z")
+        transforms.scan(step, carry, x, "z")
     with pytest.raises(TypeError, match="scan over axis 'b' needs Tagged arrays"):
-        tagged.scan(step, carry, (x, x.array), "b")
+        transforms.scan(step, carry, (x, x.array), "b")
 
 
 def test_raw_scan_with_a_tagged_carry(x):

@@ -30,6 +30,7 @@ from gpt_oss.config import GptOssConfig
 from gpt_oss.layout import parameter_specs
 from gpt_oss.rope import cos_sin, rotate
 from moe_jax import GPT_OSS_ACTIVATION, BlockScaled, GptOssMLP, MoE, RouterStatistics, Tagged, tag
+from moe_jax.variables import param, value
 
 type Parameters = Callable[[str], Any]
 """Gives a parameter, `Tagged` or `BlockScaled`, by its Hugging Face name."""
@@ -47,7 +48,7 @@ class RMSNorm(nnx.Module):
     """
 
     def __init__(self, weight: Tagged, epsilon: float) -> None:
-        self.weight = nnx.Param(weight)
+        self.weight = param(weight)
         self.epsilon = epsilon
 
     def __call__(self, x: Tagged) -> Tagged:
@@ -55,7 +56,7 @@ class RMSNorm(nnx.Module):
         wide = x.astype(jnp.float32)
         square = (wide * wide).sum("d") * (1.0 / x.size("d"))
         scale = square.map(lambda s: lax.rsqrt(s + self.epsilon))
-        return (wide * scale * self.weight.get_value().astype(jnp.float32)).astype(x.dtype)
+        return (wide * scale * value(self.weight).astype(jnp.float32)).astype(x.dtype)
 
 
 class Linear(nnx.Module):
@@ -67,18 +68,18 @@ class Linear(nnx.Module):
     """
 
     def __init__(self, weight: Tagged, bias: Tagged | None = None) -> None:
-        self.weight = nnx.Param(weight)
-        self.bias = None if bias is None else nnx.Param(bias)
+        self.weight = param(weight)
+        self.bias = None if bias is None else param(bias)
 
     def __call__(self, x: Tagged, over: str, preferred_element_type: Any = None) -> Tagged:
         """Multiplies over the axis `over`; the result has the dtype of x unless one is named."""
         y = x.dot(
-            self.weight.get_value().astype(x.dtype),
+            value(self.weight).astype(x.dtype),
             over,
             preferred_element_type=preferred_element_type,
             precision=lax.Precision.HIGHEST,
         )
-        return y if self.bias is None else y + self.bias.get_value().astype(y.dtype)
+        return y if self.bias is None else y + value(self.bias).astype(y.dtype)
 
 
 class Attention(nnx.Module):
@@ -100,7 +101,7 @@ class Attention(nnx.Module):
 
         self.q_proj, self.k_proj = linear("q_proj"), linear("k_proj")
         self.v_proj, self.o_proj = linear("v_proj"), linear("o_proj")
-        self.sinks = nnx.Param(parameters(f"{prefix}sinks"))
+        self.sinks = param(parameters(f"{prefix}sinks"))
         self.window = config.window(layer)
         self.head_dim = config.head_dim
 
@@ -118,7 +119,7 @@ class Attention(nnx.Module):
         v = self.v_proj(x, "d").split("kv_hd", kv=-1, hd=self.head_dim)
         q, k = rotate(q, angles).rename(s="q"), rotate(k, angles)
         k, v = (part.rename(s="k").order("b", "kv", "k", "hd") for part in (k, v))
-        sinks = self.sinks.get_value()
+        sinks = value(self.sinks)
         if cache is None or span is None:
             out = attend_causally(q, k, v, sinks, self.window)
         else:
@@ -218,7 +219,7 @@ class GptOss(nnx.Module):
         parameters = _checked(config, parameters)
         self.config = config
         self.dtype = jnp.dtype(dtype)
-        self.embed_tokens = nnx.Param(parameters("model.embed_tokens.weight"))
+        self.embed_tokens = param(parameters("model.embed_tokens.weight"))
         self.layers = nnx.List(
             Block(config, parameters, layer, **moe_options)
             for layer in range(config.num_hidden_layers)
@@ -302,7 +303,7 @@ class GptOss(nnx.Module):
 
     def begin(self, tokens: Tagged, span: Span | None = None) -> tuple[Tagged, Angles]:
         """Embeddings {b, s, d} in the compute dtype, and the rotary angles of the positions."""
-        x = self.embed_tokens.get_value().take(tokens.order("b", "s"), "voc").astype(self.dtype)
+        x = value(self.embed_tokens).take(tokens.order("b", "s"), "voc").astype(self.dtype)
         size = tokens.size("s")
         if span is None:
             positions = tag(jnp.arange(size, dtype=jnp.int32), "s")

@@ -8,10 +8,12 @@ expert, without the `expert` axis: it takes rows {s, d} and returns rows {s, d}.
 
 Rows come to the call as the user gave them to the layer: `Tagged`, or bare arrays [s, d].
 
-Such an expert is called on batches of rows under `jax.vmap`. The layers of this package do better:
-they derive from `Expert` and are written against a `Rows` object, which multiplies rows with the
-weights of the experts they belong to, so that one definition serves all ways of dispatch, with
-packed weights and grouped matmuls.
+Such an expert is called on batches of rows under `jax.vmap`. Some may be rows of zeros that fill a
+batch up: what it makes of those is not used, but must have finite gradients.
+
+The layers of this package do better: they derive from `Expert` and are written against a `Rows`
+object, which multiplies rows with the weights of the experts they belong to, so that one definition
+serves all ways of dispatch, with packed weights and grouped matmuls.
 """
 
 import dataclasses

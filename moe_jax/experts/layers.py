@@ -17,6 +17,15 @@ from moe_jax.tagged import Tagged
 type Weight = Tagged | BlockScaled
 
 
+def _check_biases(**biases: Tagged | None) -> None:
+    """Raises ValueError unless all biases are given or none."""
+    missing = [name for name, bias in biases.items() if bias is None]
+    if missing and len(missing) < len(biases):
+        raise ValueError(
+            f"expected all of {', '.join(biases)} or none, but {', '.join(missing)} is None"
+        )
+
+
 def _static(default: Any) -> Any:
     return dataclasses.field(default=default, metadata={"static": True})
 
@@ -50,6 +59,7 @@ class MLP(Expert):
     activation: Activation = _static(Activation("gelu"))
 
     def apply(self, x: Tagged, rows: Rows) -> Tagged:
+        _check_biases(up_bias=self.up_bias, down_bias=self.down_bias)
         hidden = rows.linear(x.rename(d="in"), self.up, self.up_bias)
         hidden = self.activation(hidden).rename(out="in")
         return rows.linear(hidden, self.down, self.down_bias).rename(out="d")
@@ -79,6 +89,7 @@ class GatedMLP(Expert):
     activation: Activation = _static(Activation("swiglu"))
 
     def apply(self, x: Tagged, rows: Rows) -> Tagged:
+        _check_biases(gate_bias=self.gate_bias, up_bias=self.up_bias, down_bias=self.down_bias)
         x = x.rename(d="in")
         gate = rows.linear(x, self.gate, self.gate_bias)
         up = rows.linear(x, self.up, self.up_bias)

@@ -18,7 +18,7 @@ from core_oracle import (
 )
 
 import moe_jax
-from moe_jax import Activation, tagged
+from moe_jax import Activation, transforms
 from moe_jax.experts.base import check_experts
 
 EXPERTS, HIDDEN, WIDE = 4, 5, 3
@@ -121,9 +121,9 @@ def test_layers(rng, name, algorithm):
 def test_a_layer_is_also_a_single_expert(rng, name):
     layer, one = LAYERS[name](rng)
     x = draw(rng, 6, HIDDENS.get(name, HIDDEN))
-    y = tagged.vmap(lambda expert: expert(f32(x, "s", "d")), "expert")(layer)
+    y = transforms.vmap(lambda expert: expert(f32(x, "s", "d")), "expert")(layer)
     assert y.axes == ("expert", "s", "d")
-    bare = tagged.vmap(lambda expert: expert(jnp.asarray(x, jnp.float32)), "expert")(layer)
+    bare = transforms.vmap(lambda expert: expert(jnp.asarray(x, jnp.float32)), "expert")(layer)
     for e in range(EXPERTS):
         expected = np.stack([one(e, row) for row in x])
         scale = max(1.0, np.abs(expected).max())
@@ -200,3 +200,16 @@ def test_an_expert_must_define_apply():
 
     with pytest.raises(NotImplementedError, match="Nothing must define apply"):
         Nothing()(jnp.ones((2, 3)))
+
+
+@pytest.mark.parametrize("missing", ["up_bias", "down_bias"])
+def test_refuses_some_biases_without_the_others(missing):
+    bias = {"up_bias": f32(np.ones((3, 4)), "expert", "out")}
+    bias["down_bias"] = f32(np.ones((3, 5)), "expert", "out")
+    layer = moe_jax.MLP(
+        f32(np.ones((3, 4, 5)), "expert", "out", "in"),
+        f32(np.ones((3, 5, 4)), "expert", "out", "in"),
+        **{**bias, missing: None},
+    )
+    with pytest.raises(ValueError, match=f"expected all of up_bias, down_bias or none.*{missing}"):
+        moe_jax.mixture_of_experts(layer, jnp.ones((2, 5)), jnp.ones((2, 3)), experts_per_token=2)
