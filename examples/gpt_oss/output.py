@@ -5,7 +5,8 @@ import json
 import sys
 from typing import Any, Protocol, TextIO
 
-from gpt_oss.session import Piece, Reply
+from gpt_oss.reader import Piece
+from gpt_oss.session import Reply
 
 _DIM, _PLAIN = "\033[2m", "\033[22m"
 
