@@ -48,8 +48,10 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=4, help="answers at temperature 1 for each")
     options = parser.parse_args()
     model = load(options.model)
-    ways = [("greedy", Greedy(), [0])]
-    ways.append(("temperature 1", Sampler(temperature=1.0), list(range(options.seeds))))
+    ways = (
+        ("greedy", Greedy(), range(1)),
+        ("temperature 1", Sampler(temperature=1.0), range(options.seeds)),
+    )
     for name, sampler, seeds in ways:
         lengths = [
             _tokens(model, prompt, Options(sampler, options.max_tokens, seed=seed))

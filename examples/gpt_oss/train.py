@@ -16,8 +16,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-if __package__ in (None, ""):
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+if __name__ == "__main__":
+    # as a script its folder is on the path, where its modules would pass for top-level ones
+    folder = Path(__file__).resolve().parent
+    sys.path[:] = [str(folder.parent)] + [p for p in sys.path if p != str(folder)]
 
 import jax
 import jax.numpy as jnp
@@ -141,7 +143,7 @@ def heldout_bits(
     model = GptOss(
         model_config, parameters.__getitem__, dtype=jnp.float32, algorithm=config.algorithm
     )
-    return bits_per_byte(model, tokens, num_bytes, batch=config.text_rows)
+    return bits_per_byte(model, tokens, num_bytes, length=config.length, stride=config.length // 2)
 
 
 def _save(state: TrainingState, path: Path) -> None:
@@ -154,13 +156,9 @@ def _save(state: TrainingState, path: Path) -> None:
 def _restore(like: TrainingState, content: bytes) -> TrainingState:
     leaves, treedef = jax.tree.flatten(like)
     saved = serialization.msgpack_restore(content)
-    restored = [jnp.asarray(saved[str(i)]) for i in range(len(leaves))]
-    for old, new in zip(leaves, restored, strict=True):
-        if old.shape != new.shape:
-            raise ValueError(
-                f"the saved state has an array of shape {new.shape} where {old.shape} belongs: "
-                f"it is of another model; choose another --out"
-            )
+    restored = [jnp.asarray(saved[str(i)]) for i in range(len(saved))]
+    if [leaf.shape for leaf in leaves] != [leaf.shape for leaf in restored]:
+        raise ValueError("the saved state is of another model; choose another --out")
     return jax.tree.unflatten(treedef, restored)
 
 

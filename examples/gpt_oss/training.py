@@ -7,6 +7,8 @@ its number alone: a run that is resumed continues as if it had not stopped.
 
 import dataclasses
 from functools import partial
+from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -105,7 +107,8 @@ def optimizer(config: TrainingConfig) -> optax.GradientTransformation:
 
 def initial_state(parameters: ParameterDict, config: TrainingConfig) -> TrainingState:
     """The state before the first step."""
-    return TrainingState(parameters, optimizer(config).init(parameters), jnp.zeros((), jnp.int32))
+    values: Any = parameters  # optax's types know no pytrees of one's own
+    return TrainingState(parameters, optimizer(config).init(values), jnp.zeros((), jnp.int32))
 
 
 @partial(jax.jit, static_argnames=("model_config", "config", "count", "quantize"), donate_argnums=0)
@@ -128,8 +131,9 @@ def train_steps(
         gradient, losses = jax.grad(loss, has_aux=True)(
             state.parameters, rows, scored, dropout_key, model_config, config, quantize
         )
-        updates, optimizer_state = update(gradient, state.optimizer, state.parameters)
-        parameters = optax.apply_updates(state.parameters, updates)
+        parameters: Any = state.parameters
+        updates, optimizer_state = update(gradient, state.optimizer, parameters)
+        parameters = optax.apply_updates(parameters, updates)
         return TrainingState(parameters, optimizer_state, state.step + 1), losses
 
     return jax.lax.scan(step, state, length=count)
@@ -214,7 +218,7 @@ def _decayed(parameters: ParameterDict) -> dict[str, bool]:
     }
 
 
-def load_data(folder, length: int) -> TrainingData:
+def load_data(folder: Path, length: int) -> TrainingData:
     """Reads train.npy and chats.npz as `gpt_oss.nano.prepare` writes them.
 
     Raises:
