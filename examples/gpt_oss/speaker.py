@@ -5,10 +5,12 @@ import dataclasses
 import datetime
 import os
 import secrets
+import signal
 import sys
+import threading
 import time
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Self
 
 import jax
 
@@ -19,6 +21,34 @@ from gpt_oss.pretrained import Pretrained, load
 from gpt_oss.sampling import Sampler
 from gpt_oss.session import ChatSession, Options, Reply, TextSession
 from gpt_oss.source import Source
+
+
+class Interruptible:
+    """Ctrl-C takes effect at `check`, not in the middle of showing a piece; a second one at once."""
+
+    def __init__(self) -> None:
+        self._pressed = False
+        # only the main thread may handle signals, and only it gets them
+        self._main = threading.current_thread() is threading.main_thread()
+        self._previous: Any = signal.SIG_DFL
+
+    def check(self) -> None:
+        """Raises KeyboardInterrupt if Ctrl-C was pressed."""
+        if self._pressed:
+            raise KeyboardInterrupt
+
+    def __enter__(self) -> Self:
+        if self._main:
+            self._previous = signal.signal(signal.SIGINT, self._press)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._main:
+            signal.signal(signal.SIGINT, self._previous)
+
+    def _press(self, *_: object) -> None:
+        self.check()
+        self._pressed = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,8 +71,10 @@ class Speaker:
         """Answers one prompt; an interrupted answer is ended properly too."""
         reply = self.session.reply(prompt, self.options)
         try:
-            for piece in reply:
-                self.output.show(piece)
+            with Interruptible() as interrupt:
+                for piece in reply:
+                    self.output.show(piece)
+                    interrupt.check()
         except KeyboardInterrupt:
             rest = reply.break_off()
             if rest is not None:

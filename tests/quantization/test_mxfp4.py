@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from jax.sharding import PartitionSpec
 
 from moe_jax import Tagged, tag
-from moe_jax import tagged as tagged_module
+from moe_jax import transforms
 from moe_jax.quantization import (
     BlockScaled,
     dequantize_mxfp4,
@@ -116,7 +116,7 @@ class TestDecode:
 
     def test_vmap_over_experts(self, weights):
         whole = weights.dequantize(jnp.float32)
-        mapped = tagged_module.vmap(lambda w: w.dequantize(jnp.float32), "expert")(weights)
+        mapped = transforms.vmap(lambda w: w.dequantize(jnp.float32), "expert")(weights)
         assert mapped.axes == ("expert", "out", "in")
         np.testing.assert_array_equal(mapped.array, whole.array)
         bare = jax.vmap(lambda b, s: packed(b, s).dequantize(jnp.float32).array)(
@@ -301,7 +301,7 @@ class TestEncode:
             jnp.asarray(rng.standard_normal((3, 5, 64)).astype(np.float32)), "expert", "out", "in"
         )
         expected = quantize_mxfp4(w)
-        for other in (jax.jit(quantize_mxfp4)(w), tagged_module.vmap(quantize_mxfp4, "expert")(w)):
+        for other in (jax.jit(quantize_mxfp4)(w), transforms.vmap(quantize_mxfp4, "expert")(w)):
             assert other.axes == expected.axes
             np.testing.assert_array_equal(other.blocks.array, expected.blocks.array)
             np.testing.assert_array_equal(other.scales.array, expected.scales.array)
