@@ -24,7 +24,7 @@ from gpt_oss.source import Source
 
 
 class Interruptible:
-    """Ctrl-C takes effect at `check`, not in the middle of showing a piece; a second one at once."""
+    """Ctrl-C takes effect at `check`, not while a piece is shown; a second one at once."""
 
     def __init__(self) -> None:
         self._pressed = False

@@ -68,6 +68,7 @@ def test_the_loss_falls():
     assert float(values[-5:].mean()) < 0.5 * float(values[0])
 
 
+@pytest.mark.slow
 def test_the_state_alone_decides_what_follows():
     whole, _ = steps(initial_state(parameters(), CONFIG), 4)
     half, _ = steps(initial_state(parameters(), CONFIG), 2)
@@ -153,6 +154,7 @@ def folder(tmp_path):
     return tmp_path
 
 
+@pytest.mark.slow
 def test_the_script_trains_resumes_and_writes(folder, monkeypatch, capsys):
     monkeypatch.setattr(train, "nano_config", lambda control_tokens: MODEL)
     flags = ["--data", str(folder), "--text-rows", "3", "--chat-rows", "2", "--warmup", "5"]

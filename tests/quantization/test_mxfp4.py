@@ -9,8 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec
 
-from moe_jax import Tagged, tag
-from moe_jax import transforms
+from moe_jax import Tagged, tag, transforms
 from moe_jax.quantization import (
     BlockScaled,
     dequantize_mxfp4,
