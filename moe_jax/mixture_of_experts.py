@@ -217,6 +217,11 @@ def check_dispatch(algorithm: str, ratio: float | None, overflow: str) -> None:
         raise ValueError("algorithm 'fixed_budget' needs tokens_per_expert_ratio, got None")
     if ratio is not None:
         dispatch.check_ratio(ratio)
+        if algorithm not in ("auto", "fixed_budget"):
+            raise ValueError(
+                f"tokens_per_expert_ratio is for 'auto' and 'fixed_budget': {algorithm!r} computes "
+                f"every chosen pair. Leave one of them out"
+            )
     dispatch.check_overflow(overflow)
 
 

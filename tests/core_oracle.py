@@ -229,3 +229,8 @@ def random_mxfp4(
         tag(jnp.asarray(scales), "expert", "out", "block"),
     )
     return packed, decode_mxfp4(blocks, scales)
+
+
+def ratio_for(algorithm: str, ratio: float) -> float | None:
+    """The ratio for `fixed_budget`; the other algorithms refuse one."""
+    return ratio if algorithm == "fixed_budget" else None

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from core_oracle import TinyExperts, combine, expert_choice, f32, moe, route, softmax
+from core_oracle import TinyExperts, combine, expert_choice, f32, moe, ratio_for, route, softmax
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -257,8 +257,8 @@ def test_fixed_budget_with_bias_and_before_top_k(rng, experts):
     for algorithm in (*EXACT, "fixed_budget"):
         y = moe(
             experts.ours(), f32(x, "s", "d"), f32(logits, "s", "expert"), experts_per_token=K,
-            algorithm=algorithm, tokens_per_expert_ratio=100.0, normalization=router,
-            selection_bias=jnp.asarray(bias, jnp.float32),
+            algorithm=algorithm, tokens_per_expert_ratio=ratio_for(algorithm, 100.0),
+            normalization=router, selection_bias=jnp.asarray(bias, jnp.float32),
         )  # fmt: skip
         np.testing.assert_allclose(y.array, expected, rtol=5e-5, atol=5e-5)
 
@@ -269,7 +269,7 @@ def test_nan_shows_in_its_row_only(rng, experts, algorithm):
     logits = rng.normal(size=(6, EXPERTS)).astype(np.float32)
     call = functools.partial(
         moe, experts.ours(), experts_per_token=K, algorithm=algorithm,
-        tokens_per_expert_ratio=100.0,
+        tokens_per_expert_ratio=ratio_for(algorithm, 100.0),
     )  # fmt: skip
     clean = call(f32(x, "s", "d"), f32(logits, "s", "expert")).array
     x[1, 0], logits[4, 2] = np.nan, np.nan

@@ -54,8 +54,9 @@ def test_values(parts):
 def test_options_reach_the_dispatch(parts, algorithm):
     router = Router("sigmoid", "before_top_k", renormalize=True)
     bias = np.array([0.3, 0, 0, -0.3, 0, 0])
+    ratio = 10.0 if algorithm == "fixed_budget" else None
     layer = layer_of(
-        parts, algorithm=algorithm, tokens_per_expert_ratio=10.0, overflow="drop", router=router,
+        parts, algorithm=algorithm, tokens_per_expert_ratio=ratio, overflow="drop", router=router,
         selection_bias=f32(bias, "expert"),
     )  # fmt: skip
     close(layer(f32(parts[3], "s", "d")).array, expected_of(parts, router, bias))
@@ -204,6 +205,7 @@ def test_padding_with_nan_does_not_reach_the_gradients(parts):
         ({"algorithm": "sparse"}, "algorithm must be 'auto' or one of"),
         ({"algorithm": "fixed_budget"}, "needs tokens_per_expert_ratio, got None"),
         ({"tokens_per_expert_ratio": 0.0}, "must be a positive number, got 0.0"),
+        ({"algorithm": "dense", "tokens_per_expert_ratio": 2.0}, "'dense' computes every chosen"),
         ({"overflow": "spill"}, "overflow must be 'reroute' or 'drop', got 'spill'"),
     ],
 )

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from core_oracle import TinyExperts, combine, f32, moe, route
+from core_oracle import TinyExperts, combine, f32, moe, ratio_for, route
 
 import moe_jax
 from moe_jax import Router, fused_experts, mixture_of_experts, tag
@@ -101,7 +101,8 @@ def test_masked_tokens(experts, ours, x, logits, algorithm):
     def loss(ours, x, gating):
         y, report = mixture_of_experts(
             ours, x, gating, experts_per_token=K, algorithm=algorithm, with_report=True,
-            token_mask=tag(jnp.asarray(keep), "s"), tokens_per_expert_ratio=10.0,
+            token_mask=tag(jnp.asarray(keep), "s"),
+            tokens_per_expert_ratio=ratio_for(algorithm, 10.0),
         )  # fmt: skip
         return (y * y).sum("s").sum("d").array, (y, report)
 
@@ -127,7 +128,8 @@ def test_no_tokens(ours, algorithm):
     for shape in ((0,), (2, 0)):
         y, report = moe(
             ours, jnp.zeros((*shape, HIDDEN)), jnp.zeros((*shape, EXPERTS)), experts_per_token=K,
-            algorithm=algorithm, tokens_per_expert_ratio=1.0, with_report=True,
+            algorithm=algorithm, with_report=True,
+            tokens_per_expert_ratio=ratio_for(algorithm, 1.0),
         )  # fmt: skip
         assert y.shape == (*shape, HIDDEN)
         assert [int(v) for v in jax.tree.leaves(report)] == [0, 0, 0, 0]
@@ -148,7 +150,8 @@ def test_a_named_algorithm_is_the_one_used(monkeypatch, ours, x, logits, name):
     for tokens in (1, TOKENS):
         jax.eval_shape(
             lambda a, b: mixture_of_experts(
-                ours, a, b, experts_per_token=K, algorithm=name, tokens_per_expert_ratio=1.0
+                ours, a, b, experts_per_token=K, algorithm=name,
+                tokens_per_expert_ratio=ratio_for(name, 1.0),
             ),
             jnp.asarray(x[:tokens]), jnp.asarray(logits[:tokens]),
         )  # fmt: skip
@@ -164,8 +167,10 @@ def test_auto_follows_choose_algorithm(ours):
 
     for tokens, ratio in ((1, None), (3, None), (4, None), (64, None), (64, 1.0), (64, 9.0)):
         name = moe_jax.choose_algorithm(tokens, EXPERTS, K, ratio)
-        options = {"tokens_per_expert_ratio": ratio}
-        assert primitives(tokens, **options) == primitives(tokens, algorithm=name, **options)
+        named = {"algorithm": name}
+        if name == "fixed_budget":
+            named["tokens_per_expert_ratio"] = ratio
+        assert primitives(tokens, tokens_per_expert_ratio=ratio) == primitives(tokens, **named)
 
 
 ARGUMENTS = {

@@ -10,7 +10,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from core_oracle import TinyExperts, expert_choice, f32, moe, random_mxfp4, softmax, weight
+from core_oracle import (
+    TinyExperts,
+    expert_choice,
+    f32,
+    moe,
+    random_mxfp4,
+    ratio_for,
+    softmax,
+    weight,
+)
 from jax.sharding import AxisType
 
 import moe_jax
@@ -173,7 +182,7 @@ def test_z10_no_host_callback_is_left_in_the_program(rng, algorithm):
     experts = TinyExperts.random(rng, 4, 5).ours()
     call = functools.partial(
         mixture_of_experts, experts, experts_per_token=2, algorithm=algorithm,
-        tokens_per_expert_ratio=1.0, with_report=True,
+        tokens_per_expert_ratio=ratio_for(algorithm, 1.0), with_report=True,
     )  # fmt: skip
     text = jax.jit(call).lower(jnp.ones((9, 5)), jnp.ones((9, 4))).as_text()
     for word in ("callback", "outfeed", "infeed", "stablehlo.send"):
@@ -192,7 +201,7 @@ def test_z11_input_and_output_axes_have_names_of_their_own(rng):
     for algorithm in ("per_token", "dense", "grouped", "fixed_budget"):
         call = functools.partial(
             moe, x=x, gating=gating, experts_per_token=2, algorithm=algorithm,
-            tokens_per_expert_ratio=9.0,
+            tokens_per_expert_ratio=ratio_for(algorithm, 9.0),
         )  # fmt: skip
         assert call(good).axes == ("s", "d")
         for wrong in ("d", "in"):
@@ -275,7 +284,7 @@ def test_z16_outputs_of_experts_are_summed_in_float32(algorithm):
     x = tag(jnp.ones((2, 1), jnp.bfloat16), "s", "d")
     y = moe(
         experts, x, f32(np.zeros((2, 9)), "s", "expert"), experts_per_token=9,
-        algorithm=algorithm, tokens_per_expert_ratio=9.0,
+        algorithm=algorithm, tokens_per_expert_ratio=ratio_for(algorithm, 9.0),
     )  # fmt: skip
     assert y.dtype == jnp.bfloat16
     np.testing.assert_array_equal(np.asarray(y.array, np.float64), 1 + 2.0**-6)

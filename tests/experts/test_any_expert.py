@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from core_oracle import combine, f32, moe, softmax, weight
+from core_oracle import combine, f32, moe, ratio_for, softmax, weight
 from flax import nnx
 
 import moe_jax
@@ -72,8 +72,13 @@ def expected_of(data, one) -> np.ndarray:
 
 def call(experts, x, gating, algorithm):
     return moe(
-        experts, x, gating, experts_per_token=2, algorithm=algorithm, tokens_per_expert_ratio=10.0
-    )
+        experts,
+        x,
+        gating,
+        experts_per_token=2,
+        algorithm=algorithm,
+        tokens_per_expert_ratio=ratio_for(algorithm, 10.0),
+    )  # fmt: skip
 
 
 def tag_both(data):

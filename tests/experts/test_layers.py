@@ -13,6 +13,7 @@ from core_oracle import (
     gelu,
     moe,
     random_mxfp4,
+    ratio_for,
     softmax,
     weight,
 )
@@ -111,7 +112,7 @@ def test_layers(rng, name, algorithm):
     expected = combine(x, ids, softmax(np.take_along_axis(logits, ids, 1)), one)
     y = moe(
         layer, f32(x, "s", "d"), f32(logits, "s", "expert"), experts_per_token=2,
-        algorithm=algorithm, tokens_per_expert_ratio=10.0,
+        algorithm=algorithm, tokens_per_expert_ratio=ratio_for(algorithm, 10.0),
     )  # fmt: skip
     scale = max(1.0, np.abs(expected).max())
     np.testing.assert_allclose(y.array, expected, rtol=0, atol=1e-5 * scale)
@@ -147,7 +148,7 @@ def test_weights_take_the_dtype_of_the_rows(rng):
     for algorithm in ALGORITHMS:
         y = moe(
             layer, low, gating, experts_per_token=1, algorithm=algorithm,
-            tokens_per_expert_ratio=10.0,
+            tokens_per_expert_ratio=ratio_for(algorithm, 10.0),
         )  # fmt: skip
         expected = np.stack([one(0, row) for row in x])
         assert y.dtype == jnp.bfloat16
@@ -164,7 +165,8 @@ def test_sizes_and_names_that_do_not_fit(rng, algorithm):
     def call(experts):
         return moe(
             experts, f32(np.ones((6, HIDDEN)), "s", "d"), f32(np.ones((6, EXPERTS)), "s", "expert"),
-            experts_per_token=2, algorithm=algorithm, tokens_per_expert_ratio=10.0,
+            experts_per_token=2, algorithm=algorithm,
+            tokens_per_expert_ratio=ratio_for(algorithm, 10.0),
         )  # fmt: skip
 
     wrong_in = f32(np.ones((EXPERTS, 2 * WIDE, HIDDEN + 1)), "expert", "out", "in")
