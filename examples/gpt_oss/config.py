@@ -12,11 +12,11 @@ from typing import Any, Self
 
 from gpt_oss import fields
 from gpt_oss.yarn import YarnScaling
+from moe_jax.activations import GPT_OSS_ACTIVATION
 from moe_jax.checkpoint import ConfigError
+from moe_jax.quantization import BLOCK_SIZE
 
 SLIDING, FULL = "sliding_attention", "full_attention"
-MXFP4_BLOCK = 32
-"""Weights that share one scale in MXFP4."""
 
 REQUIRED_KEYS = (
     "model_type",
@@ -41,7 +41,6 @@ REQUIRED_KEYS = (
 `rope_parameters` for the two rope keys. An end-of-sequence id must be here or in
 generation_config.json."""
 
-_ALTERNATIVES = {"num_experts_per_tok": "experts_per_token"}
 _FIXED = {
     "hidden_act": "silu",
     "attention_bias": True,
@@ -97,7 +96,7 @@ class GptOssConfig:
     rms_norm_eps: float
     swiglu_limit: float
     eos_token_ids: tuple[int, ...]
-    swiglu_alpha: float = 1.702
+    swiglu_alpha: float = GPT_OSS_ACTIVATION.alpha
     pad_token_id: int | None = None
     initializer_range: float = 0.02
     router_aux_loss_coef: float = 0.0
@@ -157,7 +156,7 @@ class GptOssConfig:
             rope_scaling=scaling,
             rms_norm_eps=fields.number(config, "rms_norm_eps"),
             swiglu_limit=fields.number(config, "swiglu_limit"),
-            swiglu_alpha=fields.number(config, "swiglu_alpha", default=1.702),
+            swiglu_alpha=fields.number(config, "swiglu_alpha", GPT_OSS_ACTIVATION.alpha),
             eos_token_ids=_eos_ids(config, generation_config),
             pad_token_id=fields.optional_id(config, "pad_token_id"),
             initializer_range=fields.number(config, "initializer_range", default=0.02),
@@ -226,6 +225,15 @@ def _check_supported(config: Mapping[str, Any]) -> None:
         value = config.get(key, only)
         if value != only or isinstance(value, bool) != isinstance(only, bool):
             raise fields.error(key, f"{only!r}, the only value gpt-oss models have", value)
+    rope = config.get("rope_parameters")
+    for source in (config, rope if isinstance(rope, Mapping) else {}):
+        if source.get("partial_rotary_factor", 1.0) != 1.0:
+            raise fields.error("partial_rotary_factor", "1.0", source["partial_rotary_factor"])
+    experts = config.get("num_local_experts")
+    if config.get("num_experts", experts) != experts:
+        raise fields.error(
+            "num_experts", f"{experts}, as num_local_experts says", config["num_experts"]
+        )
 
 
 def _experts_per_token(config: Mapping[str, Any]) -> int:
@@ -253,14 +261,31 @@ def _rope(config: Mapping[str, Any]) -> tuple[float, YarnScaling | None]:
     scaling = fields.required(config, key, "an object, or null for plain rotary positions")
     if scaling is not None and not isinstance(scaling, Mapping):
         raise fields.error(key, "an object", scaling)
+    if key == "rope_parameters" and scaling is not None:
+        _check_agrees(config, scaling)
     if scaling is None:
-        return fields.number(config, "rope_theta"), None
-    theta = fields.number(scaling if "rope_theta" in scaling else config, "rope_theta")
+        return _theta(config), None
+    theta = _theta(scaling if "rope_theta" in scaling else config)
     expected = "'yarn' or 'default'"
     kind = fields.required(scaling, "rope_type", expected)
     if kind not in ("yarn", "default"):
         raise fields.error(f"{key}.rope_type", expected, kind)
     return theta, YarnScaling.from_dict(scaling, key) if kind == "yarn" else None
+
+
+def _check_agrees(config: Mapping[str, Any], parameters: Mapping[str, Any]) -> None:
+    """Checks that the older keys, where they are there too, say what `rope_parameters` says."""
+    inside = {name: value for name, value in parameters.items() if name != "rope_theta"}
+    for name, same in (("rope_theta", parameters.get("rope_theta")), ("rope_scaling", inside)):
+        if config.get(name) is not None and config[name] != same and same is not None:
+            raise fields.error(name, f"{same}, as rope_parameters says", config[name])
+
+
+def _theta(source: Mapping[str, Any]) -> float:
+    theta = fields.number(source, "rope_theta")
+    if theta <= 1:
+        raise fields.error("rope_theta", "a number above 1", theta)
+    return theta
 
 
 def _eos_ids(
@@ -311,8 +336,8 @@ def _check_relations(config: GptOssConfig) -> None:
     if c.head_dim % 2:
         raise fields.error("head_dim", "an even number, for rotary halves", c.head_dim)
     for key in ("hidden_size", "intermediate_size"):
-        if getattr(c, key) % MXFP4_BLOCK:
-            raise fields.error(key, f"a multiple of the MXFP4 block {MXFP4_BLOCK}", getattr(c, key))
+        if getattr(c, key) % BLOCK_SIZE:
+            raise fields.error(key, f"a multiple of the MXFP4 block {BLOCK_SIZE}", getattr(c, key))
     if len(c.layer_types) != c.num_hidden_layers:
         raise fields.error(
             "layer_types", f"num_hidden_layers={c.num_hidden_layers} entries", len(c.layer_types)

@@ -1,5 +1,6 @@
 """How well a model predicts text it has not seen, in bits per byte."""
 
+import dataclasses
 import math
 
 import jax
@@ -10,7 +11,23 @@ from gpt_oss.model import GptOss
 from moe_jax.tagged import Tagged, tag
 
 
-def bits_per_byte(
+@dataclasses.dataclass(frozen=True)
+class Evaluation:
+    """How a model did on a text.
+
+    Attributes:
+        bits_per_byte: the model's code length of the text over the text's length.
+        rerouted: share of the (token, expert) pairs that went to another expert than the first
+            choice, over all layers.
+        dropped: share of the pairs that no expert computed.
+    """
+
+    bits_per_byte: float
+    rerouted: float
+    dropped: float
+
+
+def evaluate(
     model: GptOss,
     tokens: np.ndarray,
     num_bytes: int,
@@ -18,22 +35,19 @@ def bits_per_byte(
     length: int = 512,
     stride: int = 256,
     batch: int = 8,
-) -> float:
-    """The model's code length of a text over the text's length.
+) -> Evaluation:
+    """Runs a model over a text in windows.
 
     Windows of `length` tokens start every `stride` tokens; each scores what the window before it
     did not, so that all but the first tokens have at least `length - stride` tokens of context.
 
     Args:
-        model: the model; how its experts are dispatched matters where it has a fixed budget.
+        model: the model; with a fixed budget, what it predicts depends on `batch` too.
         tokens: integers [n], the text with its delimiters, which count as text.
         num_bytes: bytes of the text without delimiters.
         length: tokens in a window.
         stride: tokens between the starts of windows.
         batch: windows that are computed together.
-
-    Returns:
-        Bits per byte.
 
     Raises:
         ValueError: fewer tokens than a window, or a stride that leaves gaps.
@@ -44,35 +58,46 @@ def bits_per_byte(
             f"got {stride}, {length} and {len(tokens)}"
         )
     starts = list(range(0, len(tokens) - 1, stride))
-    total = 0.0
+    nats, pairs = 0.0, np.zeros(3)
     for first in range(0, len(starts), batch):
-        windows, scored = _windows(tokens, starts[first : first + batch], length, stride, batch)
-        total += float(_code_length(model, tag(windows, "b", "s"), tag(scored, "b", "s")))
-    return total / math.log(2) / num_bytes
-
-
-def token_losses(model: GptOss, windows: Tagged) -> Tagged:
-    """-log p of each token of {b, s} from the second on: float32 {b, s - 1}."""
-    ids = windows.untag("b", "s")
-    logits = model(tag(ids[:, :-1], "b", "s")).untag("b", "s", "voc")
-    picked = jnp.take_along_axis(logits, ids[:, 1:, None], axis=-1)[..., 0]
-    return tag(jax.nn.logsumexp(logits, axis=-1) - picked, "b", "s")
+        windows, real, scored = _windows(
+            tokens, starts[first : first + batch], length, stride, batch
+        )
+        loss, counts = _run(model, *(tag(array, "b", "s") for array in (windows, real, scored)))
+        nats += float(loss)
+        pairs += np.asarray(counts)
+    assigned, rerouted, dropped = pairs
+    # a re-routed pair is also one that its first choice dropped
+    chosen = assigned - rerouted + dropped
+    bits = nats / math.log(2) / num_bytes
+    return Evaluation(bits, rerouted / chosen, (dropped - rerouted) / chosen)
 
 
 @jax.jit
-def _code_length(model: GptOss, windows: Tagged, scored: Tagged) -> jax.Array:
-    losses = token_losses(model, windows).array
-    return jnp.where(scored.array[:, 1:], losses, 0.0).sum()
+def _run(
+    model: GptOss, windows: Tagged, real: Tagged, scored: Tagged
+) -> tuple[jax.Array, jax.Array]:
+    """-log p summed over scored tokens, and pairs assigned, re-routed and dropped [3]."""
+    ids = windows.untag("b", "s")
+    mask = tag(real.untag("b", "s")[:, :-1], "b", "s")
+    logits, statistics = model.with_statistics(tag(ids[:, :-1], "b", "s"), token_mask=mask)
+    array = logits.untag("b", "s", "voc")
+    picked = jnp.take_along_axis(array, ids[:, 1:, None], axis=-1)[..., 0]
+    losses = jax.nn.logsumexp(array, axis=-1) - picked
+    reports = [layer.report for layer in statistics]
+    counts = jnp.stack([jnp.stack([r.assigned, r.rerouted, r.dropped]) for r in reports]).sum(0)
+    return jnp.where(scored.untag("b", "s")[:, 1:], losses, 0.0).sum(), counts
 
 
 def _windows(
     tokens: np.ndarray, starts: list[int], length: int, stride: int, batch: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Windows int32 [batch, length] and which of their tokens to score, bool of that shape."""
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Windows int32 [batch, length]; which tokens are real, and which to score, bool likewise."""
     windows = np.zeros((batch, length), np.int32)
-    scored = np.zeros((batch, length), bool)
+    real, scored = np.zeros((2, batch, length), bool)
     for row, start in enumerate(starts):
         piece = tokens[start : start + length]
         windows[row, : len(piece)] = piece
+        real[row, : len(piece)] = True
         scored[row, (length - stride if start else 1) : len(piece)] = True
-    return windows, scored
+    return windows, real, scored

@@ -23,6 +23,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from gpt_oss.config import GptOssConfig
 from gpt_oss.layout import ParameterSpec, parameter_specs
+from moe_jax import MoEConfig
 from moe_jax.checkpoint import Checkpoint, CheckpointError, TensorEntry
 from moe_jax.quantization.mxfp4 import BLOCK_SIZE, BlockScaled, leaf_rules
 from moe_jax.tagged import Rules, Tagged, tag
@@ -31,7 +32,7 @@ if TYPE_CHECKING:
     from gpt_oss.model import GptOss
 
 type Index = tuple[slice, ...]
-type Place = Callable[["Source"], jax.Array]
+type Place = Callable[["TensorSource"], jax.Array]
 
 _FLOATS = ("BF16", "F16", "F32")
 _EXPONENT_BITS = {"BF16": 0x7F80, "F16": 0x7C00, "F32": 0x7F800000}
@@ -41,7 +42,7 @@ _CHUNK = 1 << 20  # elements looked at together: their temporaries stay in the p
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
+class TensorSource:
     """An array of the model and the checkpoint's tensor that it is read from.
 
     Attributes:
@@ -68,6 +69,7 @@ def load_model(
     mesh: Mesh | None = None,
     rules: Rules | None = None,
     progress: bool | None = None,
+    **moe_options: Any,
 ) -> "GptOss":
     """Loads a model from a folder in the layout of openai/gpt-oss-20b.
 
@@ -82,6 +84,7 @@ def load_model(
         mesh: devices to spread the weights over; None puts them on the default device.
         rules: axis tag -> mesh axis. Axes without a rule are on every device in full.
         progress: whether to show a progress bar on stderr; None shows it on a terminal only.
+        moe_options: `algorithm`, `tokens_per_expert_ratio`, `overflow` of `moe_jax.MoE`.
 
     Raises:
         ConfigError: config.json is missing or has a value that is not supported.
@@ -92,6 +95,7 @@ def load_model(
     from gpt_oss.model import GptOss
 
     config = GptOssConfig.from_folder(Path(folder))
+    MoEConfig(config.experts_per_token, **moe_options)  # refuses before anything is read
     if (mesh is None) != (rules is None):
         raise ValueError("mesh and rules go together: give both or neither")
     place = place_whole if mesh is None else place_sharded(mesh, rules or {})
@@ -99,7 +103,7 @@ def load_model(
     parameters = read_parameters(
         Checkpoint.open(folder), config, dtype=dtype, place=place, progress=shown
     )
-    return GptOss(config, parameters.__getitem__, dtype=dtype or jnp.bfloat16)
+    return GptOss(config, parameters.__getitem__, dtype=dtype or jnp.bfloat16, **moe_options)
 
 
 def read_parameters(
@@ -116,7 +120,7 @@ def read_parameters(
         checkpoint: where from.
         config: the model's shape, which the checkpoint must have.
         dtype: float dtype of all weights that are not in MXFP4; None keeps the file's.
-        place: makes a device array of a `Source`; the default is `place_whole`.
+        place: makes a device array of a `TensorSource`; the default is `place_whole`.
         progress: whether to show a progress bar on stderr.
 
     Raises:
@@ -136,7 +140,7 @@ def read_parameters(
     return {name: _assemble(spec, arrays) for name, spec in specs.items()}
 
 
-def place_whole(source: Source) -> jax.Array:
+def place_whole(source: TensorSource) -> jax.Array:
     """Puts a whole array on the default device."""
     return jax.device_put(source.read((slice(None),) * len(source.shape)))
 
@@ -149,7 +153,7 @@ def place_sharded(mesh: Mesh, rules: Rules) -> Place:
     """
     rules = leaf_rules(rules)
 
-    def place(source: Source) -> jax.Array:
+    def place(source: TensorSource) -> jax.Array:
         spec = PartitionSpec(*(rules.get(axis) for axis in source.axes))
         sharding = NamedSharding(mesh, spec)
         _check_divisible(source, sharding)
@@ -167,7 +171,7 @@ def place_sharded(mesh: Mesh, rules: Rules) -> Place:
     return place
 
 
-def _check_divisible(source: Source, sharding: NamedSharding) -> None:
+def _check_divisible(source: TensorSource, sharding: NamedSharding) -> None:
     for axis, size, target in zip(source.axes, source.shape, sharding.spec, strict=True):
         names = (target,) if isinstance(target, str) else target or ()
         shards = math.prod(sharding.mesh.shape[name] for name in names)
@@ -179,7 +183,7 @@ def _check_divisible(source: Source, sharding: NamedSharding) -> None:
 
 
 def _place_all(
-    checkpoint: Checkpoint, sources: dict[str, Source], place: Place, progress: bool
+    checkpoint: Checkpoint, sources: dict[str, TensorSource], place: Place, progress: bool
 ) -> dict[str, jax.Array]:
     """Reads and places all arrays, the largest first, several at a time."""
     entries = sorted(checkpoint.tensors.values(), key=lambda entry: (-entry.nbytes, entry.name))
@@ -218,7 +222,7 @@ def _assemble(spec: ParameterSpec, arrays: dict[str, jax.Array]) -> Tagged | Blo
     )
 
 
-def _sources(checkpoint: Checkpoint, spec: ParameterSpec, dtype: Any) -> Iterator[Source]:
+def _sources(checkpoint: Checkpoint, spec: ParameterSpec, dtype: Any) -> Iterator[TensorSource]:
     """What a parameter is read from: one tensor, or blocks and scales."""
     if spec.name not in checkpoint.tensors:
         axes = (*spec.axes[:-1], "block", "byte")
@@ -239,7 +243,7 @@ def _source(
     shape: tuple[int, ...],
     dtype: np.dtype,
     transposed: bool = False,
-) -> Source:
+) -> TensorSource:
     def read(index: Index) -> np.ndarray:
         index = _swap_last_two(index) if transposed else index
         array = checkpoint.read(name, index)
@@ -247,7 +251,7 @@ def _source(
         array = array.astype(dtype, copy=False)
         return np.ascontiguousarray(array.swapaxes(-1, -2)) if transposed else array
 
-    return Source(name, axes, shape, dtype, transposed, read)
+    return TensorSource(name, axes, shape, dtype, transposed, read)
 
 
 def _swap_last_two[T](values: tuple[T, ...]) -> tuple[T, ...]:

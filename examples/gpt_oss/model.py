@@ -22,11 +22,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax import lax
 
 from gpt_oss.attention import attend, attend_causally
 from gpt_oss.cache import Cache, FullCache, RingCache, Span
 from gpt_oss.config import GptOssConfig
+from gpt_oss.layers import Linear, RMSNorm
 from gpt_oss.layout import parameter_specs
 from gpt_oss.rope import cos_sin, rotate
 from moe_jax import GPT_OSS_ACTIVATION, BlockScaled, GptOssMLP, MoE, RouterStatistics, Tagged, tag
@@ -37,49 +37,6 @@ type Parameters = Callable[[str], Any]
 
 type LayerCache = FullCache | RingCache
 type Angles = tuple[Tagged, Tagged]
-
-
-class RMSNorm(nnx.Module):
-    """Divides by the root mean square, in float32; the result has the dtype of the input.
-
-    Attributes:
-        weight: Param of {d}.
-        epsilon: added to the mean square.
-    """
-
-    def __init__(self, weight: Tagged, epsilon: float) -> None:
-        self.weight = param(weight)
-        self.epsilon = epsilon
-
-    def __call__(self, x: Tagged) -> Tagged:
-        """{..., d} -> {..., d}."""
-        wide = x.astype(jnp.float32)
-        square = (wide * wide).sum("d") * (1.0 / x.size("d"))
-        scale = square.map(lambda s: lax.rsqrt(s + self.epsilon))
-        return (wide * scale * value(self.weight).astype(jnp.float32)).astype(x.dtype)
-
-
-class Linear(nnx.Module):
-    """x w^T + bias.
-
-    Attributes:
-        weight: Param of {out, in}, whatever the two axes are called.
-        bias: Param of {out}, or None.
-    """
-
-    def __init__(self, weight: Tagged, bias: Tagged | None = None) -> None:
-        self.weight = param(weight)
-        self.bias = None if bias is None else param(bias)
-
-    def __call__(self, x: Tagged, over: str, preferred_element_type: Any = None) -> Tagged:
-        """Multiplies over the axis `over`; the result has the dtype of x unless one is named."""
-        y = x.dot(
-            value(self.weight).astype(x.dtype),
-            over,
-            preferred_element_type=preferred_element_type,
-            precision=lax.Precision.HIGHEST,
-        )
-        return y if self.bias is None else y + value(self.bias).astype(y.dtype)
 
 
 class Attention(nnx.Module):
@@ -236,6 +193,9 @@ class GptOss(nnx.Module):
 
         Returns:
             float32 {b, s, voc}.
+
+        Raises:
+            ValueError: there are more tokens than the model has positions.
         """
         x, angles = self.begin(tokens)
         for index, block in enumerate(self.layers):
@@ -303,8 +263,10 @@ class GptOss(nnx.Module):
 
     def begin(self, tokens: Tagged, span: Span | None = None) -> tuple[Tagged, Angles]:
         """Embeddings {b, s, d} in the compute dtype, and the rotary angles of the positions."""
+        size, most = tokens.size("s"), self.config.max_position_embeddings
+        if size > most:
+            raise ValueError(f"expected at most {most} tokens, the model's positions, got {size}")
         x = value(self.embed_tokens).take(tokens.order("b", "s"), "voc").astype(self.dtype)
-        size = tokens.size("s")
         if span is None:
             positions = tag(jnp.arange(size, dtype=jnp.int32), "s")
         else:

@@ -5,6 +5,7 @@ See the package's docstring for examples.
 
 import dataclasses
 import math
+import operator
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -13,18 +14,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from gpt_oss.config import GptOssConfig
 from gpt_oss.engine import Engine
 from gpt_oss.errors import UserError
 from gpt_oss.harmony import DeveloperConfig, SystemConfig
-from gpt_oss.loader import read_parameters
+from gpt_oss.loader import load_model
 from gpt_oss.model import GptOss
 from gpt_oss.session import ChatSession, Options, TextSession
 from gpt_oss.source import DEFAULT, Source, resolve
 from gpt_oss.tokenizer import Tokenizer
 from moe_jax.checkpoint import Checkpoint, CheckpointError
-from moe_jax.tagged import tag
+from moe_jax.tagged import Rules, tag
 
 DEFAULT_CONTEXT = 8192
 """Tokens of a sequence unless asked for otherwise or the model has fewer."""
@@ -59,12 +61,14 @@ class Pretrained:
         Each new number of tokens compiles anew.
 
         Raises:
-            ValueError: there are no ids, or one is not in the vocabulary.
+            TypeError: an id is not an integer.
+            ValueError: there are no ids, one is not in the vocabulary, or they are more than the
+                model has positions.
         """
-        size = self.config.vocab_size
-        if not ids or not all(0 <= token < size for token in ids):
-            raise ValueError(f"expected token ids, at least one, of 0 to {size - 1}, got {ids}")
-        tokens = tag(jnp.asarray([list(ids)], jnp.int32), "b", "s")
+        size, listed = self.config.vocab_size, [operator.index(token) for token in ids]
+        if not listed or not all(0 <= token < size for token in listed):
+            raise ValueError(f"expected token ids, at least one, of 0 to {size - 1}, got {listed}")
+        tokens = tag(jnp.asarray([listed], jnp.int32), "b", "s")
         return np.asarray(_logits(self.model, tokens).untag("b", "s", "voc")[0])
 
     def generate(self, prompt: str, options: Options = Options()) -> str:  # noqa: B008 - frozen
@@ -101,6 +105,8 @@ def load(
     context: int | None = None,
     offline: bool = False,
     progress: bool = False,
+    mesh: Mesh | None = None,
+    rules: Rules | None = None,
     **moe_options: Any,
 ) -> Pretrained:
     """Loads a model by name.
@@ -113,6 +119,8 @@ def load(
             `DEFAULT_CONTEXT`.
         offline: download nothing.
         progress: show downloads and loading on stderr.
+        mesh: devices to spread the weights over; None puts them on the default device.
+        rules: axis tag -> mesh axis, with `mesh`.
         moe_options: `algorithm` and `tokens_per_expert_ratio` of `moe_jax.MoE`.
 
     Raises:
@@ -125,10 +133,13 @@ def load(
     tokenizer = Tokenizer(model.folder)
     _check_vocabulary(model.folder, tokenizer, config)
     size = _context(context, config)
-    checkpoint = Checkpoint.open(model.folder)
-    chosen = DTYPES[choose_dtype(checkpoint) if dtype == "auto" else dtype]
-    parameters = read_parameters(checkpoint, config, dtype=chosen, progress=progress)
-    network = GptOss(config, parameters.__getitem__, dtype=chosen, **moe_options)
+    if dtype == "auto":
+        dtype = choose_dtype(Checkpoint.open(model.folder))
+    if dtype not in DTYPES:
+        raise UserError(f"dtype must be 'auto' or one of {tuple(DTYPES)}, got {dtype!r}")
+    network = load_model(
+        model.folder, dtype=DTYPES[dtype], mesh=mesh, rules=rules, progress=progress, **moe_options
+    )
     return Pretrained(model.name, config, network, tokenizer, Engine(network, context=size))
 
 

@@ -27,7 +27,7 @@ import numpy as np
 from flax import serialization
 
 from gpt_oss.config import GptOssConfig
-from gpt_oss.evaluate import bits_per_byte
+from gpt_oss.evaluate import evaluate
 from gpt_oss.initialization import random_parameters
 from gpt_oss.layout import parameter_specs
 from gpt_oss.model import GptOss
@@ -143,7 +143,8 @@ def heldout_bits(
     model = GptOss(
         model_config, parameters.__getitem__, dtype=jnp.float32, algorithm=config.algorithm
     )
-    return bits_per_byte(model, tokens, num_bytes, length=config.length, stride=config.length // 2)
+    stride = config.length // 2
+    return evaluate(model, tokens, num_bytes, length=config.length, stride=stride).bits_per_byte
 
 
 def _save(state: TrainingState, path: Path) -> None:

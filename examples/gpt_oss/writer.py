@@ -18,6 +18,7 @@ from safetensors.numpy import save_file
 
 from gpt_oss.config import GptOssConfig
 from gpt_oss.layout import ParameterSpec, parameter_specs
+from moe_jax.activations import GPT_OSS_ACTIVATION
 from moe_jax.checkpoint import INDEX_FILE, SINGLE_FILE
 from moe_jax.quantization.mxfp4 import BlockScaled
 from moe_jax.tagged import Tagged
@@ -25,7 +26,7 @@ from moe_jax.tagged import Tagged
 MAX_SHARD_BYTES = 4_800_000_000
 """Bytes of tensors in a shard at most, unless a single tensor has more."""
 
-_SWIGLU_ALPHA = 1.702  # what readers assume where config.json says nothing, as the released ones
+_SWIGLU_ALPHA = GPT_OSS_ACTIVATION.alpha  # what readers assume where config.json says nothing
 
 
 def write_checkpoint(

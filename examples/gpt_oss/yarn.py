@@ -48,13 +48,19 @@ class YarnScaling:
                     f"{key}.{name}", "no such key: gpt-oss does not use it", scaling[name]
                 )
         attention_factor = scaling.get("attention_factor")
+        fast, slow = (
+            fields.number(scaling, name, default)
+            for name, default in (("beta_fast", 32.0), ("beta_slow", 1.0))
+        )
+        if fast <= slow:
+            raise fields.error(f"{key}.beta_fast", f"more than beta_slow, {slow}", fast)
         return cls(
             factor=fields.number(scaling, "factor", minimum=1.0),
             original_max_position_embeddings=fields.integer(
                 scaling, "original_max_position_embeddings"
             ),
-            beta_fast=fields.number(scaling, "beta_fast", 32.0),
-            beta_slow=fields.number(scaling, "beta_slow", 1.0),
+            beta_fast=fast,
+            beta_slow=slow,
             truncate=fields.boolean(scaling, "truncate", True),
             attention_factor=None
             if attention_factor is None

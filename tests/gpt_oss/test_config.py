@@ -263,3 +263,34 @@ def test_unsupported_rope(key: str, value: Any, message: str) -> None:
     config["rope_scaling"][key] = value
     with pytest.raises(ConfigError, match=message):
         GptOssConfig.from_dict(config)
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        ({"rope_theta": 1.0}, "rope_theta: expected a number above 1, got 1.0"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor: expected 1.0, got 0.5"),
+        ({"num_experts": 99}, "num_experts: expected .*, as num_local_experts says, got 99"),
+    ],
+)
+def test_what_would_change_the_model_is_not_ignored(change, message):
+    with pytest.raises(ConfigError, match=message):
+        GptOssConfig.from_dict({**tiny.config("released_numbers"), **change})
+
+
+def test_a_ramp_of_yarn_that_runs_backwards():
+    config = tiny.config("released_numbers")
+    scaling = {**config["rope_scaling"], "beta_fast": 1.0, "beta_slow": 32.0}
+    with pytest.raises(ConfigError, match="beta_fast: expected more than beta_slow, 32.0, got 1.0"):
+        GptOssConfig.from_dict({**config, "rope_scaling": scaling})
+
+
+def test_two_spellings_must_agree():
+    config = tiny.config("released_numbers", "transformers5")
+    inside = dict(config["rope_parameters"])
+    theta = inside.pop("rope_theta")
+    same = {**config, "rope_theta": theta, "rope_scaling": inside}
+    assert GptOssConfig.from_dict(same) == GptOssConfig.from_dict(config)
+    for other in ({"rope_theta": 2 * theta}, {"rope_scaling": {**inside, "factor": 3.0}}):
+        with pytest.raises(ConfigError, match="as rope_parameters says"):
+            GptOssConfig.from_dict({**config, **other})

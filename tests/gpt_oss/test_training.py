@@ -12,10 +12,11 @@ import tiny
 
 from gpt_oss import train
 from gpt_oss.config import GptOssConfig
-from gpt_oss.evaluate import bits_per_byte
+from gpt_oss.evaluate import _windows, evaluate
 from gpt_oss.initialization import random_parameters
 from gpt_oss.layout import parameter_specs
 from gpt_oss.loader import load_model
+from gpt_oss.model import GptOss
 from gpt_oss.training import (
     TrainingConfig,
     TrainingData,
@@ -120,7 +121,8 @@ def test_bits_per_byte_against_float64():
     values = parameters()
     model = build(values, MODEL, "dense", quantize=False)
     tokens = np.random.default_rng(0).integers(0, MODEL.vocab_size, 50).astype(np.int32)
-    found = bits_per_byte(model, tokens, 123, length=16, stride=10, batch=3)
+    found = evaluate(model, tokens, 123, length=16, stride=10, batch=3)
+    assert found.rerouted == found.dropped == 0
     tensors = {n: np.asarray(v.array, np.float64) for n, v in values.items()}
     total = 0.0
     for target in range(1, 50):
@@ -129,14 +131,34 @@ def test_bits_per_byte_against_float64():
         window = tokens[start : target + 1]
         last = oracle.logits(tensors, tiny.config(NAME), window[:-1])[-1]
         total += np.log(np.exp(last).sum()) - last[window[-1]]
-    np.testing.assert_allclose(found, total / np.log(2) / 123, rtol=1e-6)
+    np.testing.assert_allclose(found.bits_per_byte, total / np.log(2) / 123, rtol=1e-6)
+
+
+def test_padding_takes_no_room_in_a_fixed_budget():
+    """One window alone, and the same window in a batch that is filled up with padding."""
+    model = GptOss(
+        MODEL, parameters().__getitem__, dtype=jnp.float32, algorithm="fixed_budget",
+        tokens_per_expert_ratio=0.5, overflow="drop",
+    )  # fmt: skip
+    tokens = np.random.default_rng(0).integers(0, MODEL.vocab_size, 64).astype(np.int32)
+    windows, real, scored = _windows(tokens, [0], 64, 32, 1)
+    wide = [np.concatenate([array, np.zeros_like(array)]) for array in (windows, real, scored)]
+    report = model.with_statistics(tag(jnp.asarray(windows), "b", "s"))[1][0].report
+    assert int(report.dropped) > 0
+    mask = tag(jnp.asarray(wide[1]), "b", "s")
+    padded = model.with_statistics(tag(jnp.asarray(wide[0]), "b", "s"), token_mask=mask)[1][
+        0
+    ].report
+    # twice the rows are twice the budget, and padding uses none of it
+    assert int(padded.assigned) + int(padded.dropped) == int(report.assigned) + int(report.dropped)
+    assert int(padded.dropped) <= int(report.dropped)
 
 
 @pytest.mark.parametrize("length, stride", [(16, 0), (16, 16), (50, 10)])
 def test_bits_per_byte_refuses_windows_that_do_not_fit(length, stride):
     model = build(parameters(), MODEL, "dense", quantize=False)
     with pytest.raises(ValueError, match="expected 0 < stride < length < number of tokens"):
-        bits_per_byte(model, np.zeros(50, np.int32), 1, length=length, stride=stride)
+        evaluate(model, np.zeros(50, np.int32), 1, length=length, stride=stride)
 
 
 @pytest.fixture
