@@ -2,8 +2,8 @@
 
 A prompt is taken in chunks of a few fixed sizes, so that prompts of all lengths share a few
 compiled programs. Decoding runs many tokens in one loop on the device and comes back with a block:
-of one token first, then of twice as many each time, so that a stream starts at once and the
-device is not kept waiting later.
+of one token first, then of up to twice as many each time, so that a stream starts at once and a
+fast device is not kept waiting later. A slow one gives its tokens one by one.
 
     engine = Engine(model, context=4096)
     generation = engine.generate(prompt_ids, Sampler(temperature=0.7), seed=1)
@@ -22,8 +22,9 @@ import numpy as np
 from jax import lax
 
 from gpt_oss.cache import Cache
-from gpt_oss.generation import Clock, Generation, Request, Statistics, Stream
+from gpt_oss.generation import Clock, FinishReason, Generation, Request, Statistics, Stream
 from gpt_oss.model import GptOss
+from gpt_oss.programs import Program
 from gpt_oss.sampling import Greedy, Sampler, Sampling
 from moe_jax.tagged import Tagged, tag
 
@@ -33,9 +34,15 @@ PREFILL_CHUNKS = (32, 128, 512)
 BLOCK = 32
 """Most tokens decoded before the host sees them."""
 
+BLOCK_SECONDS = 0.1
+"""How long a block should take at most, unless it is of one token."""
+
 _REACHES = (1024, 4096, 16384, 65536)
 _STOP_MULTIPLE = 8
 _NOTHING = -1
+
+type _Block = tuple[list[list[int]], list[FinishReason | None]]
+"""The new tokens of each row, and why it ended."""
 
 
 @jax.tree_util.register_dataclass
@@ -85,17 +92,14 @@ class Engine:
         """
         jax.eval_shape(lambda: model.empty_cache(batch, context))
         self.context, self.batch, self.vocab_size = context, batch, model.config.vocab_size
-        self._new_cache = jax.jit(lambda: model.empty_cache(batch, context))
         self._stop_ids = model.config.eos_token_ids
-        self._leaves, treedef = jax.tree.flatten(model)
-        self._prefill = jax.jit(
-            _on_model(_prefill, treedef), static_argnames="reach", donate_argnums=(1, 2)
+        leaves, treedef = jax.tree.flatten(model)
+        self._new_cache = Program(lambda: model.empty_cache(batch, context))
+        self._prefill = Program(
+            _on_model(_prefill, treedef), leaves, static=("reach",), donate=(1, 2)
         )
-        self._decode = jax.jit(
-            _on_model(_decode, treedef), static_argnames="reach", donate_argnums=(1,)
-        )
-        self._first = jax.jit(_first_token, donate_argnums=(0,))
-        self._called: set[Any] = set()
+        self._decode = Program(_on_model(_decode, treedef), leaves, static=("reach",), donate=(1,))
+        self._first = Program(_first_token, donate=(0,))
 
     def generate(
         self,
@@ -107,9 +111,18 @@ class Engine:
         seed: int = 0,
     ) -> Generation:
         """Continues one prompt; see `Request` for the arguments and `stream` for errors."""
-        stream = self.stream([Request(prompt_ids, sampler, max_tokens, stop_ids, seed)])
-        tokens = (token for block in stream for token in block[0])
-        return Generation(tokens, stream.statistics)
+        request = Request(prompt_ids, sampler, max_tokens, stop_ids, seed)
+        blocks, statistics = self._begin([request])
+
+        def tokens() -> Iterator[int]:
+            for [row], reasons in blocks:
+                for left, token in zip(reversed(range(len(row))), row, strict=True):
+                    statistics.generated_tokens += 1
+                    if not left:
+                        statistics.finish_reasons = reasons
+                    yield token
+
+        return Generation(tokens(), statistics)
 
     def stream(self, requests: Sequence[Request]) -> Stream:
         """Continues several prompts at once, of different lengths and with different wishes.
@@ -119,6 +132,18 @@ class Engine:
                 is not in the vocabulary, or prompt and `max_tokens` do not fit the context.
             TypeError: a value is of another type.
         """
+        blocks, statistics = self._begin(requests)
+
+        def taken() -> Iterator[list[list[int]]]:
+            for block, reasons in blocks:
+                statistics.generated_tokens += sum(map(len, block))
+                statistics.finish_reasons = reasons
+                yield block
+
+        return Stream(taken(), statistics)
+
+    def _begin(self, requests: Sequence[Request]) -> tuple[Iterator[_Block], Statistics]:
+        """Checks the requests; returns what `_run` gives and the statistics that it fills."""
         if not 1 <= len(requests) <= self.batch:
             raise ValueError(f"expected 1 to {self.batch} requests, got {len(requests)}")
         limits = [self._check(request) for request in requests]
@@ -127,7 +152,7 @@ class Engine:
             prompt_tokens=sum(len(request.prompt_ids) for request in requests),
             finish_reasons=[None] * len(requests),
         )
-        return Stream(self._run(requests, limits, wishes, statistics), statistics)
+        return self._run(requests, limits, wishes, Clock(statistics)), statistics
 
     def _check(self, request: Request) -> int:
         """Checks a request and returns the most tokens it may generate."""
@@ -179,60 +204,45 @@ class Engine:
         return list(self._stop_ids if request.stop_ids is None else request.stop_ids)
 
     def _run(
-        self,
-        requests: Sequence[Request],
-        limits: Sequence[int],
-        wishes: _Wishes,
-        statistics: Statistics,
-    ) -> Iterator[list[list[int]]]:
+        self, requests: Sequence[Request], limits: Sequence[int], wishes: _Wishes, clock: Clock
+    ) -> Iterator[_Block]:
         """Prefills, then yields blocks of new tokens until all rows are done."""
-        clock, rows = Clock(self._called, statistics), len(requests)
+        statistics, rows = clock.statistics, len(requests)
         begin = time.perf_counter()
         cache, logits = self._take_prompts([r.prompt_ids for r in requests], clock)
-        key = ("first", jax.tree.structure(wishes))
-        state = clock.call(key, None, self._first, cache, logits, wishes)
+        state = clock.run(self._first, cache, logits, wishes)
         block = [[int(token)] for token in np.asarray(state.token.array)[:rows]]
         statistics.first_token_seconds = time.perf_counter() - begin
+        reasons: list[FinishReason | None] = [None] * rows
         counts, steps = [1] * rows, 1
         stops = [set(self._stops(request)) for request in requests]
         while True:
-            statistics.generated_tokens += sum(map(len, block))
             for row, new in enumerate(block):
                 if new and new[-1] in stops[row]:
-                    statistics.finish_reasons[row] = "stop"
+                    reasons[row] = "stop"
                 elif new and counts[row] == limits[row]:
-                    statistics.finish_reasons[row] = "length"
-            yield block
-            if None not in statistics.finish_reasons:
+                    reasons[row] = "length"
+            yield block, list(reasons)
+            if None not in reasons:
                 return
             longest = max(
                 len(request.prompt_ids) + count
                 for request, count in zip(requests, counts, strict=True)
             )
             reach = self._reach(longest + steps)
-            key = ("decode", reach, jax.tree.structure(wishes))
-            state, tokens = clock.call(
-                key,
-                statistics.decoding,
-                self._decode,
-                self._leaves,
-                state,
-                wishes,
-                steps,
-                reach=reach,
-            )
+            state, tokens = clock.run(self._decode, state, wishes, np.int32(steps), reach=reach)
             block = [
                 [t for t in row if t != _NOTHING] for row in np.asarray(tokens)[:rows].tolist()
             ]
-            clock.count(sum(map(len, block)))
+            clock.count(statistics.decoding, sum(map(len, block)))
             counts = [count + len(new) for count, new in zip(counts, block, strict=True)]
-            steps = min(2 * steps, BLOCK)
+            steps = _next_steps(steps, clock.seconds)
 
     def _take_prompts(
-        self, prompts: Sequence[Sequence[int]], clock: "Clock"
+        self, prompts: Sequence[Sequence[int]], clock: Clock
     ) -> tuple[Cache, jax.Array]:
         """The cache after the prompts, and the logits [b, voc] that follow each."""
-        cache = self._new_cache()
+        cache = clock.run(self._new_cache)
         logits = jnp.zeros((self.batch, self.vocab_size), jnp.float32)
         longest, start = max(map(len, prompts)), 0
         while start < longest:
@@ -244,24 +254,22 @@ class Engine:
                 piece = prompt[start : start + size]
                 tokens[row, : len(piece)], count[row] = piece, len(piece)
             reach = self._reach(min(start + size, self.context))
-            cache, logits = clock.call(
-                ("prefill", size, reach),
-                clock.statistics.prefill,
-                self._prefill,
-                self._leaves,
-                cache,
-                logits,
-                tokens,
-                count,
-                reach=reach,
-            )
-            clock.count(int(count.sum()))
+            cache, logits = clock.run(self._prefill, cache, logits, tokens, count, reach=reach)
+            clock.count(clock.statistics.prefill, int(count.sum()))
             start += size
         return cache, logits
 
     def _reach(self, length: int) -> int:
         """How far full layers look: a few sizes, so that few programs are compiled."""
         return min(next((r for r in _REACHES if r >= length), self.context), self.context)
+
+
+def _next_steps(steps: int, seconds: float) -> int:
+    """Steps of the next block, after so many that took so long: a power of two, or BLOCK."""
+    allowed = min(2 * steps, BLOCK)
+    while allowed > 1 and allowed * seconds > BLOCK_SECONDS * steps:
+        allowed //= 2
+    return allowed
 
 
 def _on_model(function: Callable[..., Any], treedef: Any) -> Callable[..., Any]:

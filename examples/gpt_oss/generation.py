@@ -2,11 +2,12 @@
 
 import dataclasses
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
 import jax
 
+from gpt_oss.programs import Program
 from gpt_oss.sampling import Greedy, Sampler
 
 type FinishReason = Literal["stop", "length"]
@@ -34,7 +35,7 @@ class Request:
 
 @dataclasses.dataclass
 class Rate:
-    """Work and the time it took, first calls of a program (which compile) left out.
+    """Work and the time it took, compilation left out.
 
     Attributes:
         tokens: how many.
@@ -56,12 +57,13 @@ class Statistics:
 
     Attributes:
         prompt_tokens: tokens of the prompts.
-        generated_tokens: tokens chosen, stop tokens included.
-        compile_seconds: first calls of programs not used before: compilation and one run.
+        generated_tokens: tokens that the caller took, stop tokens included.
+        compile_seconds: compilation of programs not used before.
         first_token_seconds: from the start to the first token, compilation included; None before.
         prefill: prompt tokens.
-        decoding: tokens after the first of each row, without the caller's time between blocks.
-        finish_reasons: for each row `stop`, `length`, or None while it runs.
+        decoding: tokens after the first of each row, without the caller's time between blocks;
+            those of a block that the caller left are among them.
+        finish_reasons: for each row `stop`, `length`, or None while its last token is not taken.
     """
 
     prompt_tokens: int = 0
@@ -117,29 +119,27 @@ class Generation:
 
 
 class Clock:
-    """Times device calls; the first with a key counts as compilation."""
+    """Runs programs and adds the time to the statistics.
 
-    def __init__(self, called: set[Any], statistics: Statistics) -> None:
+    Attributes:
+        statistics: what it adds to.
+        seconds: how long the last run took, compilation left out.
+    """
+
+    def __init__(self, statistics: Statistics) -> None:
         self.statistics = statistics
-        self._called = called
-        self._rate: Rate | None = None
+        self.seconds = 0.0
 
-    def call(
-        self, key: Any, rate: Rate | None, function: Callable[..., Any], *args: Any, **options: Any
-    ) -> Any:
-        """Calls, waits for the result, and adds the time to `rate` or to compilation."""
+    def run(self, program: Program, *args: Any, **static: Any) -> Any:
+        """Compiles if need be, runs, and waits for the result."""
+        call, compile_seconds = program.prepare(*args, **static)
+        self.statistics.compile_seconds += compile_seconds
         begin = time.perf_counter()
-        result = jax.block_until_ready(function(*args, **options))
-        seconds = time.perf_counter() - begin
-        self._rate = rate if key in self._called else None
-        if key not in self._called:
-            self.statistics.compile_seconds += seconds
-            self._called.add(key)
-        elif rate is not None:
-            rate.seconds += seconds
+        result = jax.block_until_ready(call())
+        self.seconds = time.perf_counter() - begin
         return result
 
-    def count(self, tokens: int) -> None:
-        """Adds the tokens of the last call, if its time was added to a rate."""
-        if self._rate is not None:
-            self._rate.tokens += tokens
+    def count(self, rate: Rate, tokens: int) -> None:
+        """Adds the last run, which took so many tokens, to a rate."""
+        rate.tokens += tokens
+        rate.seconds += self.seconds

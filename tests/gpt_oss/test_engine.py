@@ -1,13 +1,17 @@
 """The engine against 64 greedy tokens of transformers, and against itself in other batches."""
 
+import time
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import oracle
 import pytest
 import tiny
 import tiny_model
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from gpt_oss import engine as engine_module
 from gpt_oss.engine import Engine
@@ -127,30 +131,90 @@ def test_the_context_ends_generation(one: Engine) -> None:
     assert generation.statistics.finish_reasons == ["length"]
 
 
-def test_tokens_come_in_growing_blocks(one: Engine) -> None:
-    stream = one.stream([Request(PROMPT, max_tokens=64, stop_ids=())])
-    assert [len(block[0]) for block in stream] == [1, 1, 2, 4, 8, 16, 32]
+@pytest.mark.parametrize(
+    ("seconds", "sizes"),
+    [(float("inf"), [1, 1, 2, 4, 8, 16, 32]), (0.0, [1] * 64)],
+    ids=["fast", "slow"],
+)
+def test_blocks_grow_while_they_are_fast_enough(
+    one: Engine, monkeypatch: pytest.MonkeyPatch, seconds: float, sizes: list[int]
+) -> None:
+    monkeypatch.setattr(engine_module, "BLOCK_SECONDS", seconds)
+    blocks = list(one.stream([Request(PROMPT, max_tokens=64, stop_ids=())]))
+    assert [len(block[0]) for block in blocks] == sizes
+    assert [token for block in blocks for token in block[0]] == GREEDY
 
 
-def test_statistics(one: Engine) -> None:
-    list(one.generate(PROMPT, max_tokens=20, stop_ids=()))
-    generation = one.generate(PROMPT, max_tokens=20, stop_ids=())
+@pytest.mark.parametrize(
+    ("steps", "seconds", "expected"),
+    [
+        (1, 0.04, 2),  # two take 0.08 s
+        (1, 0.06, 1),
+        (1, 9.0, 1),
+        (8, 0.04, 16),
+        (8, 0.06, 8),
+        (8, 0.11, 4),
+        (8, 0.75, 1),
+        (32, 0.01, 32),
+    ],
+)
+def test_a_block_takes_a_tenth_of_a_second_at_most(
+    steps: int, seconds: float, expected: int
+) -> None:
+    assert engine_module._next_steps(steps, seconds) == expected
+
+
+def test_statistics() -> None:
+    """The first run has both rates too: what compiling took is not in them."""
+    engine = Engine(tiny_model.build(NAME), context=CONTEXT)
+    for is_first in (True, False):
+        generation = engine.generate(PROMPT, max_tokens=20, stop_ids=())
+        statistics = generation.statistics
+        assert (statistics.prompt_tokens, statistics.generated_tokens) == (len(PROMPT), 0)
+        assert statistics.first_token_seconds is None
+        begin = time.perf_counter()
+        tokens = list(generation)
+        seconds = time.perf_counter() - begin
+        assert statistics.generated_tokens == len(tokens) == 20
+        assert (statistics.compile_seconds > 0) == is_first
+        assert statistics.prefill.tokens == len(PROMPT)
+        assert statistics.decoding.tokens == 19
+        assert statistics.first_token_seconds is not None
+        assert statistics.first_token_seconds >= statistics.prefill.seconds > 0
+        assert statistics.decoding.per_second is not None
+        parts = (
+            statistics.compile_seconds,
+            statistics.prefill.seconds,
+            statistics.decoding.seconds,
+        )
+        assert sum(parts) <= seconds
+        if is_first:  # a model this small compiles for longer than it runs
+            assert statistics.compile_seconds > seconds / 2
+
+
+def test_tokens_count_when_they_are_taken(one: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also in the middle of a block, and the end is known with the last one only."""
+    monkeypatch.setattr(engine_module, "BLOCK_SECONDS", float("inf"))
+    generation = one.generate(PROMPT, max_tokens=12, stop_ids=())  # blocks of 1, 1, 2, 4 and 4
     statistics = generation.statistics
-    assert (statistics.prompt_tokens, statistics.generated_tokens) == (len(PROMPT), 0)
-    assert statistics.first_token_seconds is None
-    tokens = list(generation)
-    assert statistics.generated_tokens == len(tokens) == 20
-    assert statistics.compile_seconds == 0
-    assert statistics.prefill.tokens == len(PROMPT)
-    assert statistics.decoding.tokens == 19
-    assert statistics.first_token_seconds is not None
-    assert statistics.first_token_seconds >= statistics.prefill.seconds > 0
-    assert statistics.decoding.per_second is not None
-    fresh = Engine(tiny_model.build(NAME), context=CONTEXT)
-    first = fresh.generate(PROMPT, max_tokens=1)
-    list(first)
-    assert first.statistics.compile_seconds > 0
-    assert first.statistics.prefill.per_second is None
+    for taken, _ in enumerate(generation, start=1):
+        assert statistics.generated_tokens == taken
+        assert statistics.finish_reasons == ["length" if taken == 12 else None]
+
+
+def test_a_model_on_several_devices() -> None:
+    """Compiled programs take sharded parameters, and the state that comes out of them."""
+    mesh = jax.make_mesh((2,), ("x",), (AxisType.Auto,), devices=jax.devices()[:2])
+
+    def place(array: jax.Array) -> jax.Array:
+        is_even = array.ndim == 2 and array.shape[-1] % 2 == 0
+        return jax.device_put(array, NamedSharding(mesh, P(None, "x") if is_even else P()))
+
+    model = jax.tree.map(place, tiny_model.build(NAME))
+    assert any(not array.sharding.is_fully_replicated for array in jax.tree.leaves(model))
+    engine = Engine(model, context=CONTEXT)
+    for _ in range(2):
+        assert list(engine.generate(PROMPT, max_tokens=30, stop_ids=())) == GREEDY[:30]
 
 
 BAD: list[tuple[dict[str, Any], type[Exception], str]] = [
