@@ -7,6 +7,8 @@ taken. The two released models are pinned to a commit, so that a name means the 
 import dataclasses
 import json
 import re
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from gpt_oss.errors import UserError
@@ -23,11 +25,16 @@ REVISIONS = {
 }
 """Commits of the repositories that are pinned; of others the branch main is taken."""
 
-PATTERNS = ("*.json", "model-*.safetensors", "model.safetensors")
+DESCRIPTIONS = ("*.json",)
+"""Files that are downloaded first: they say whether to go on with the weights."""
+
+PATTERNS = (*DESCRIPTIONS, "model-*.safetensors", "model.safetensors")
 SUBFOLDERS = ("*/*",)
 """Files that are downloaded, and those among them that are not."""
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
+_STATUS = re.compile(r"\d+ (Client|Server) Error\. (\(Request ID: [^)]*\) )?")
+_SENTENCE_END = re.compile(r"(?<=[.!?]) (?=[A-Z(])")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,13 +83,23 @@ def resolve(
         return Source(Path(model).resolve().name, Path(model))
     if model and Path(model).exists():
         raise UserError(f"{model} is a file: give the folder that holds config.json")
-    if _REPOSITORY.fullmatch(model):
+    missing = f"there is no folder {Path(model).absolute()}"
+    if not _REPOSITORY.fullmatch(model):
+        names = ", ".join((DEFAULT, *REPOSITORIES, NANO))
+        raise UserError(
+            f"no model {model!r}: {missing}, and it is neither one of {names} nor a Hugging Face "
+            f"id such as openai/gpt-oss-20b"
+        )
+    parent = Path(model).parts[0]
+    if Path(parent).is_dir() and model not in REPOSITORIES.values():
+        raise UserError(
+            f"no model {model!r}: {missing}; as there is a folder {parent}, it is not taken for a "
+            f"Hugging Face id: correct it, or run from another folder"
+        )
+    try:
         return _repository(model, revision, offline, progress)
-    names = ", ".join((DEFAULT, *REPOSITORIES, NANO))
-    raise UserError(
-        f"no model {model!r}: there is no folder {Path(model).absolute()}, and it is neither one "
-        f"of {names} nor a Hugging Face id such as openai/gpt-oss-20b"
-    )
+    except UserError as error:
+        raise UserError(f"{missing}, and {error}") from error
 
 
 def _best_present() -> Source:
@@ -171,27 +188,76 @@ def _check_online(repository: str, revision: str, offline: bool) -> None:
 
 
 def _download(repository: str, revision: str, progress: bool) -> Path:
-    import huggingface_hub
+    """Fetches the JSON files, and the weights if they are a gpt-oss model's and the disk has room.
+
+    Raises:
+        UserError: it cannot be fetched, is no gpt-oss model, or needs more space than is free.
+    """
     from huggingface_hub.utils import disable_progress_bars
 
     if not progress:
         disable_progress_bars()
+    folder = _fetch(repository, revision, DESCRIPTIONS)
+    _check_config(repository, folder)
+    _check_space(repository, folder)
+    folder = _fetch(repository, revision, PATTERNS)
+    if not is_complete(folder):
+        raise UserError(
+            f"{repository} is not a gpt-oss checkpoint: expected config.json, tokenizer.json and "
+            f"safetensors in its root, see {folder}"
+        )
+    return folder
+
+
+def _fetch(repository: str, revision: str, patterns: Sequence[str]) -> Path:
+    import huggingface_hub
+
     try:
         path = huggingface_hub.snapshot_download(
             repository,
             revision=revision,
-            allow_patterns=list(PATTERNS),
+            allow_patterns=list(patterns),
             ignore_patterns=list(SUBFOLDERS),
         )
     except Exception as error:  # the network, the disk or the repository: of many types
-        reason = " ".join(str(error).split())[:300] or type(error).__name__
         raise UserError(
-            f"cannot download {repository} (revision {revision}): {reason}; check the name and "
-            f"the connection, or give --model a folder"
+            f"cannot download {repository} (revision {revision}): {_reason(error)}; check the "
+            f"name and the connection, or give --model a folder"
         ) from error
-    if not is_complete(Path(path)):
-        raise UserError(
-            f"{repository} is not a gpt-oss checkpoint: expected config.json, tokenizer.json and "
-            f"safetensors in its root, see {path}"
-        )
     return Path(path)
+
+
+def _reason(error: Exception) -> str:
+    """The first sentence of an error's message that says more than the status of HTTP."""
+    text = _STATUS.sub("", " ".join(str(error).split()))
+    sentence = _SENTENCE_END.split(text, maxsplit=1)[0].rstrip(".")
+    return sentence[:300] or type(error).__name__
+
+
+def _check_config(repository: str, folder: Path) -> None:
+    from gpt_oss.config import GptOssConfig  # imports JAX
+    from moe_jax.checkpoint import ConfigError
+
+    try:
+        GptOssConfig.from_folder(folder)
+    except ConfigError as error:
+        raise UserError(f"{repository} is not a gpt-oss model: {error}") from error
+
+
+def _check_space(repository: str, folder: Path) -> None:
+    """Checks that the weights fit the disk, where their index tells how large they are."""
+    try:
+        index = json.loads((folder / "model.safetensors.index.json").read_bytes())
+        total, shards = int(index["metadata"]["total_size"]), set(index["weight_map"].values())
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        return
+    present = [folder / shard for shard in shards if (folder / shard).is_file()]
+    # A download that was broken off goes on from the part it left.
+    present += (folder.parent.parent / "blobs").glob("*.incomplete")
+    needed = total - sum(file.stat().st_size for file in present)
+    free = shutil.disk_usage(folder).free
+    if needed > free:
+        raise UserError(
+            f"{repository} needs {needed / 2**30:.1f} GiB more in {folder}, where "
+            f"{free / 2**30:.1f} GiB are free: free some, or set HF_HOME to a folder with more room"
+        )

@@ -1,5 +1,6 @@
 """Which folder a model's name stands for."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -7,6 +8,7 @@ from pathlib import Path
 
 import huggingface_hub
 import pytest
+import tiny_chat
 from huggingface_hub import constants
 
 from gpt_oss import source
@@ -16,6 +18,13 @@ from gpt_oss.source import resolve
 REPOSITORY = "openai/gpt-oss-20b"
 REVISION = source.REVISIONS[REPOSITORY]
 SHARDS = ("model-00000-of-00001.safetensors", "model-00001-of-00001.safetensors")
+
+
+@dataclasses.dataclass
+class DiskUsage:
+    """What `shutil.disk_usage` returns, as far as it is looked at."""
+
+    free: int
 
 
 @pytest.fixture(autouse=True)
@@ -151,13 +160,32 @@ def test_offline_by_environment_is_refused_with_its_variable(cache):
         resolve("gpt-oss-20b")
 
 
-def fake_download(monkeypatch, tmp_path, shards=SHARDS):
+def repository_files(config=None, total_size=6, shards=SHARDS):
+    """The files of a repository, with shards of three bytes."""
+    index = {
+        "metadata": {"total_size": total_size},
+        "weight_map": {f"tensor{i}": shard for i, shard in enumerate(shards)},
+    }
+    return {
+        "config.json": json.dumps(config or tiny_chat.CONFIG.to_dict()),
+        "tokenizer.json": "{}",
+        "model.safetensors.index.json": json.dumps(index),
+        **dict.fromkeys(shards, "..."),
+    }
+
+
+def fake_download(monkeypatch, tmp_path, files=None):
     """Replaces the download; returns the calls that were made."""
-    calls = []
+    calls, files = [], files or repository_files()
 
     def download(repository, **options):
         calls.append((repository, options))
-        return str(checkpoint(tmp_path / "downloaded", shards))
+        folder = tmp_path / "hub" / "snapshots" / "downloaded"
+        folder.mkdir(parents=True, exist_ok=True)
+        filters = {k: v for k, v in options.items() if k.endswith("_patterns")}
+        for name in huggingface_hub.utils.filter_repo_objects(files, **filters):
+            (folder / name).write_text(files[name])
+        return str(folder)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
     return calls
@@ -177,8 +205,9 @@ def test_what_is_not_in_the_cache_is_downloaded_at_its_revision(
     monkeypatch, tmp_path, online, model, given, repository, revision
 ):
     calls = fake_download(monkeypatch, tmp_path)
-    assert resolve(model, revision=given).folder == tmp_path / "downloaded"
-    assert [(name, options["revision"]) for name, options in calls] == [(repository, revision)]
+    folder = resolve(model, revision=given).folder
+    assert source.is_complete(folder)
+    assert [(name, options["revision"]) for name, options in calls] == [(repository, revision)] * 2
 
 
 def test_of_a_repository_only_the_checkpoint_in_its_root_is_downloaded(
@@ -186,7 +215,7 @@ def test_of_a_repository_only_the_checkpoint_in_its_root_is_downloaded(
 ):
     options = fake_download(monkeypatch, tmp_path)
     resolve("gpt-oss-20b")
-    filters = {k: v for k, v in options[0][1].items() if k.endswith("_patterns")}
+    filters = {k: v for k, v in options[1][1].items() if k.endswith("_patterns")}
     files = [
         ".gitattributes",
         "LICENSE",
@@ -212,13 +241,111 @@ def test_of_a_repository_only_the_checkpoint_in_its_root_is_downloaded(
     ]
 
 
-def test_a_failed_download_is_one_line_with_its_reason(monkeypatch, online):
-    def fail(*args, **options):
-        raise ConnectionError("cannot reach\n\n  the host")
+def downloaded(tmp_path):
+    """Names of the files that were downloaded."""
+    return {path.name for path in tmp_path.rglob("hub/snapshots/*/*")}
 
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
-    with pytest.raises(UserError, match="download a/b .revision main.: cannot reach the host;"):
+
+def test_weights_of_another_model_are_not_downloaded(monkeypatch, tmp_path, online):
+    files = repository_files(config={**tiny_chat.CONFIG.to_dict(), "model_type": "llama"})
+    fake_download(monkeypatch, tmp_path, files)
+    with pytest.raises(UserError, match="a/b is not a gpt-oss model: .*model_type.*llama"):
         resolve("a/b")
+    assert downloaded(tmp_path) == set(files) - set(SHARDS)
+
+
+def test_a_repository_without_a_configuration_is_refused(monkeypatch, tmp_path, online):
+    files = repository_files()
+    del files["config.json"]
+    fake_download(monkeypatch, tmp_path, files)
+    with pytest.raises(UserError, match="a/b is not a gpt-oss model: .*config.json"):
+        resolve("a/b")
+    assert downloaded(tmp_path) == set(files) - set(SHARDS)
+
+
+def test_weights_that_the_disk_has_no_room_for_are_not_downloaded(monkeypatch, tmp_path, online):
+    monkeypatch.setattr(source.shutil, "disk_usage", lambda path: DiskUsage(free=2**31))
+    files = repository_files(total_size=13 * 2**30)
+    fake_download(monkeypatch, tmp_path, files)
+    with pytest.raises(UserError, match="needs 13.0 GiB .*, where 2.0 GiB are free"):
+        resolve("gpt-oss-20b")
+    assert downloaded(tmp_path) == set(files) - set(SHARDS)
+
+
+@pytest.mark.parametrize("name", ["snapshots/downloaded/" + SHARDS[0], "blobs/ab12.incomplete"])
+@pytest.mark.parametrize(("free", "enough"), [(95, True), (94, False)])
+def test_what_was_downloaded_before_needs_no_room(
+    monkeypatch, tmp_path, online, name, free, enough
+):
+    monkeypatch.setattr(source.shutil, "disk_usage", lambda path: DiskUsage(free))
+    before = tmp_path / "hub" / name
+    before.parent.mkdir(parents=True)
+    before.write_bytes(bytes(5))
+    fake_download(monkeypatch, tmp_path, repository_files(total_size=100))
+    if enough:
+        assert source.is_complete(resolve("gpt-oss-20b").folder)
+    else:
+        with pytest.raises(UserError, match="GiB are free"):
+            resolve("gpt-oss-20b")
+
+
+def test_weights_without_an_index_are_downloaded(monkeypatch, tmp_path, online):
+    files = repository_files(shards=["model.safetensors"])
+    del files["model.safetensors.index.json"]
+    fake_download(monkeypatch, tmp_path, files)
+    assert source.is_complete(resolve("a/b").folder)
+
+
+@pytest.mark.parametrize(
+    ("message", "reason"),
+    [
+        ("cannot reach\n\n  the host", "cannot reach the host"),
+        ("No host a.b.c found.  Check the network. Or not.", "No host a.b.c found"),
+        (
+            "404 Client Error. (Request ID: Root=1-2)\n\nRepository Not Found for url: https://h/x.\n"
+            "Please make sure you specified the correct repo_id.",
+            "Repository Not Found for url: https://h/x",
+        ),
+        ("", "ConnectionError"),
+    ],
+)
+def test_a_failed_download_is_one_line_with_its_reason(
+    monkeypatch, tmp_path, online, message, reason
+):
+    def fail(*args, **options):
+        raise ConnectionError(message)
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    expected = (
+        f"there is no folder {tmp_path / 'a' / 'b'}, and cannot download a/b (revision main): "
+        f"{reason}; check the name"
+    )
+    with pytest.raises(UserError) as refused:
+        resolve("a/b")
+    assert str(refused.value).startswith(expected)
+
+
+def test_offline_too_the_folder_is_named_that_is_missing(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=f"no folder {tmp_path / 'a' / 'b'}, and a/b .*cache"):
+        resolve("a/b")
+
+
+def test_a_mistyped_folder_is_not_downloaded(tmp_path, monkeypatch, online):
+    calls = fake_download(monkeypatch, tmp_path)
+    (tmp_path / "checkpoints").mkdir(exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=f"no folder {tmp_path / 'checkpoints' / 'nnao'}; as"):
+        resolve("checkpoints/nnao")
+    assert calls == []
+
+
+def test_a_folder_does_not_hide_a_released_model(cache, tmp_path, monkeypatch):
+    folder = cached(cache)
+    (tmp_path / "openai").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert resolve(REPOSITORY).folder == folder
 
 
 def test_a_repository_without_a_checkpoint_is_refused(monkeypatch, tmp_path, online):
