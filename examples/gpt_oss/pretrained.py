@@ -86,7 +86,13 @@ class Pretrained:
         developer: str | DeveloperConfig | None = None,
     ) -> ChatSession:
         """A new conversation, see `ChatSession`."""
-        return ChatSession(self.engine, self.tokenizer, system=system, developer=developer)
+        return ChatSession(
+            self.engine,
+            self.tokenizer,
+            system=system,
+            developer=developer,
+            stop_ids=self.config.eos_token_ids,
+        )
 
     def text(self) -> TextSession:
         """Continuation without a chat format, see `TextSession`."""

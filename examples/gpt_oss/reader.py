@@ -1,9 +1,10 @@
 """Generated token ids -> pieces of text, as a chat or as plain text."""
 
 import dataclasses
+from collections.abc import Iterable
 from typing import Protocol
 
-from gpt_oss.harmony import Parser
+from gpt_oss.harmony import Damage, Parser
 from gpt_oss.tokenizer import Tokenizer
 
 
@@ -28,6 +29,11 @@ class Piece:
 class Reader(Protocol):
     """Turns token ids into pieces of text."""
 
+    @property
+    def damage(self) -> frozenset[Damage]:
+        """How what was read departs from the format."""
+        ...
+
     def push(self, token_id: int, is_last: bool) -> Piece:
         """What an id adds; with the last one, all that was not complete."""
         ...
@@ -43,6 +49,11 @@ class PlainReader:
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._stream = tokenizer.stream()
+
+    @property
+    def damage(self) -> frozenset[Damage]:
+        """None: there is no format."""
+        return frozenset()
 
     def push(self, token_id: int, is_last: bool) -> Piece:
         """See `Reader`."""
@@ -61,9 +72,15 @@ class ChatReader:
         parser: has the messages.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self.parser = Parser(tokenizer)
+    def __init__(self, tokenizer: Tokenizer, stop_ids: Iterable[int] = ()) -> None:
+        """Takes the tokenizer and ids that end a reply beside those of the format."""
+        self.parser = Parser(tokenizer, stop_ids=stop_ids)
         self._answers: set[int] = set()
+
+    @property
+    def damage(self) -> frozenset[Damage]:
+        """See `Reader`."""
+        return frozenset(self.parser.damage)
 
     def push(self, token_id: int, is_last: bool) -> Piece:
         """See `Reader`."""

@@ -5,7 +5,10 @@
     for piece in reply: ...                 # or: answer = reply.read()
     reply.finish_reason, reply.statistics
 
-A `Reply` is read once. The chat remembers it when it has been read to its end.
+A `Reply` is read once. The chat remembers it when it has been read to its end. What a tool gave
+back follows the call as a message:
+
+    session.reply(tool_result("get_time", "12:30")).read()
 """
 
 import dataclasses
@@ -16,6 +19,7 @@ from gpt_oss.errors import UserError
 from gpt_oss.generation import Generation, Statistics
 from gpt_oss.harmony import (
     Conversation,
+    Damage,
     DeveloperConfig,
     Message,
     Parser,
@@ -41,6 +45,10 @@ class Options:
         stop: texts before which the answer ends.
         seed: the same seed gives the same reply.
         ignore_eos: go on after ids that end a text; a chat ends there anyway.
+
+    Raises:
+        TypeError: a field is of another type; `stop` must be a tuple.
+        ValueError: `max_tokens` is below 1, `seed` is below 0, or a stop string is empty.
     """
 
     sampler: Greedy | Sampler = Sampler()
@@ -48,6 +56,26 @@ class Options:
     stop: tuple[str, ...] = ()
     seed: int = 0
     ignore_eos: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.sampler, Greedy | Sampler):
+            raise TypeError(f"sampler must be a Greedy or a Sampler, got {self.sampler!r}")
+        if self.max_tokens is not None:
+            _check_integer("max_tokens", self.max_tokens, least=1, otherwise=" or None")
+        if not isinstance(self.stop, tuple) or not all(isinstance(s, str) for s in self.stop):
+            raise TypeError(f"stop must be a tuple of strings, got {self.stop!r}")
+        if not all(self.stop):
+            raise ValueError(f"stop strings must have at least one character, got {self.stop!r}")
+        _check_integer("seed", self.seed, least=0)
+        if not isinstance(self.ignore_eos, bool):
+            raise TypeError(f"ignore_eos must be True or False, got {self.ignore_eos!r}")
+
+
+def _check_integer(name: str, value: object, *, least: int, otherwise: str = "") -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be an integer{otherwise}, got {value!r}")
+    if value < least:
+        raise ValueError(f"{name} must be at least {least}{otherwise}, got {value}")
 
 
 class TokenGenerator(Protocol):
@@ -96,6 +124,15 @@ class Reply:
         self._limit, self._stop_ids, self._on_end = limit, stop_ids, on_end
         self._stops = StopStrings(stop)
         self._pieces = self._read()
+
+    @property
+    def damage(self) -> frozenset[Damage]:
+        """How the reply so far departs from the format of chats; empty for plain text.
+
+        Text that stands in no message counts as reasoning, so a reply of such text alone has an
+        empty `answer`, its text is in the pieces, and `Damage.TEXT_OUTSIDE_MESSAGE` is here.
+        """
+        return self._reader.damage
 
     @property
     def statistics(self) -> Statistics:
@@ -161,6 +198,7 @@ class ChatSession:
         *,
         system: SystemConfig | None = None,
         developer: str | DeveloperConfig | None = None,
+        stop_ids: Sequence[int] = (),
     ) -> None:
         """Begins a conversation.
 
@@ -169,7 +207,9 @@ class ChatSession:
             tokenizer: of the model.
             system: content of the system message; None for `SystemConfig()`.
             developer: instructions that precede the first user message, or None.
+            stop_ids: ids that end a reply beside those of the format: the model's own.
         """
+        self._stop_ids = tokenizer.control.stop_ids | frozenset(stop_ids)
         self._engine, self._tokenizer = engine, tokenizer
         first = [Message("system", system or SystemConfig())]
         if developer is not None:
@@ -181,20 +221,21 @@ class ChatSession:
         """Forgets all but the system and developer messages."""
         self.conversation = self._beginning
 
-    def reply(self, text: str, options: Options = Options()) -> Reply:  # noqa: B008 - frozen
-        """Answers what the user says.
+    def reply(self, prompt: str | Message, options: Options = Options()) -> Reply:  # noqa: B008
+        """Answers what the user says, or a message such as the result of a tool.
 
         Raises:
-            UserError: the text is empty or not text, or the conversation fills the context.
+            UserError: the text is empty or has no UTF-8 form, or the conversation fills the
+                context.
+            TypeError: it is neither text nor a message.
+            ValueError: the message is one of the assistant or the system.
         """
-        if not text.strip():
-            raise UserError("the prompt is empty: expected some text")
-        conversation = self.conversation.with_messages(Message("user", text))
+        conversation = self.conversation.with_messages(_message(prompt))
         try:
             ids = render_conversation(conversation, self._tokenizer)
         except ValueError as error:
             raise UserError(f"the prompt cannot be encoded: {error}") from None
-        reader = ChatReader(self._tokenizer)
+        reader = ChatReader(self._tokenizer, self._stop_ids)
 
         def remember(reply: Reply) -> None:
             written = _written(reader.parser, reply)
@@ -203,9 +244,27 @@ class ChatSession:
                 reply.finish_reason = "tool_call"
             self.conversation = conversation.with_messages(*written)
 
-        stop_ids = self._tokenizer.control.stop_ids
-        options = dataclasses.replace(options, ignore_eos=False)
-        return _start(self._engine, ids, reader, options, stop_ids, remember)
+        return _start(self._engine, ids, reader, options, self._stop_ids, remember)
+
+
+def _message(prompt: str | Message) -> Message:
+    """What is said to the assistant, as a message."""
+    if isinstance(prompt, Message):
+        if prompt.role in ("assistant", "system"):
+            raise ValueError(
+                f"expected a message for the assistant to answer, of the role user, tool or "
+                f"developer, got one of {prompt.role}"
+            )
+        return prompt
+    _check_text(prompt)
+    if not prompt.strip():
+        raise UserError("the prompt is empty: expected some text")
+    return Message("user", prompt)
+
+
+def _check_text(text: object) -> None:
+    if not isinstance(text, str):
+        raise TypeError(f"expected the prompt as a str, got {type(text).__name__}")
 
 
 def _written(parser: Parser, reply: Reply) -> list[Message]:
@@ -236,8 +295,10 @@ class TextSession:
         """Continues the text.
 
         Raises:
-            UserError: the text is empty or not text, or fills the context.
+            UserError: the text is empty or has no UTF-8 form, or fills the context.
+            TypeError: it is not a str.
         """
+        _check_text(text)
         if not text:
             raise UserError("the prompt is empty: expected some text")
         try:

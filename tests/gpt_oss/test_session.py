@@ -1,5 +1,7 @@
 """Sessions: what a model is asked, and what is made of what it writes."""
 
+import dataclasses
+
 import jax
 import numpy as np
 import oracle
@@ -9,8 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import gpt_oss
+from gpt_oss import engine as engine_module
 from gpt_oss.errors import UserError
-from gpt_oss.harmony import SystemConfig
+from gpt_oss.harmony import Damage, Message, SystemConfig, tool_call, tool_result
 from gpt_oss.sampling import Greedy, Sampler
 from gpt_oss.session import ChatSession, Options, TextSession
 from gpt_oss.stop_strings import StopStrings
@@ -168,6 +171,64 @@ def test_a_tool_call_ends_the_turn(engine, chat):
     assert (reply.tool_call.recipient, reply.tool_call.content) == ("functions.f", "{}")
 
 
+def test_the_result_of_a_tool_is_handed_back_as_a_message(engine, chat):
+    call = "<|channel|>commentary to=functions.time <|constrain|>json<|message|>{}<|call|>"
+    engine.script = [THOUGHT + call, f"{ANSWER}Noon.<|return|>", f"{ANSWER}Bye.<|return|>"]
+    asked = chat.reply("What time is it?")
+    asked.read()
+    assert asked.tool_call is not None
+    assert dataclasses.replace(asked.tool_call, raw_ids=None) == tool_call("time", "{}")
+    reply = chat.reply(tool_result("time", "12:00"))
+    assert (reply.read(), reply.finish_reason) == ("Noon.", "stop")
+    result = "<|start|>functions.time to=assistant<|channel|>commentary<|message|>12:00<|end|>"
+    question = f"{SYSTEM_TEXT}<|start|>user<|message|>What time is it?<|end|><|start|>assistant"
+    assert engine.prompts[1] == f"{question}{THOUGHT}{call}{result}<|start|>assistant"
+    chat.reply("Thanks").read()  # the call stays, the reasoning before it goes
+    assert engine.prompts[2] == (
+        f"{question}{call}{result}<|start|>assistant{ANSWER}Noon.<|end|>"
+        "<|start|>user<|message|>Thanks<|end|><|start|>assistant"
+    )
+
+
+@pytest.mark.parametrize("message", [Message("assistant", "I", "final"), Message("system", SYSTEM)])
+def test_a_message_that_cannot_be_answered_is_refused(chat, message):
+    with pytest.raises(ValueError, match=f"got one of {message.role}"):
+        chat.reply(message)
+
+
+def test_text_in_no_message_is_shown_as_reasoning_and_reported(engine, chat):
+    engine.script = ["Just words.<|return|>", "Just words.", f"{ANSWER}A.<|return|>"]
+    reply = chat.reply("Hi")
+    assert shown(reply) == [("analysis", "Just words.")]
+    assert (reply.answer, reply.finish_reason) == ("", "stop")
+    assert reply.damage == {Damage.TEXT_OUTSIDE_MESSAGE}
+    cut = chat.reply("Hi", Options(max_tokens=6))
+    assert shown(cut) == [("analysis", "Just w")]
+    assert (cut.answer, cut.finish_reason) == ("", "length")
+    sound = chat.reply("Hi")
+    assert (sound.read(), sound.damage) == ("A.", frozenset())
+
+
+def test_a_chat_also_ends_at_the_ids_of_the_model(model, engine):
+    """They end the message, are no damage, and are not repeated to the model."""
+    ended = f"{THOUGHT}{ANSWER}Yes.{tiny_chat.MODEL_EOS}"
+    engine.script = [f"{ended}never", f"{ANSWER}No.<|return|>"]
+    chat = dataclasses.replace(model, engine=engine).chat(system=SYSTEM)
+    reply = chat.reply("Hi")
+    pieces = list(reply)
+    assert [p.token_id for p in pieces] == tiny_chat.control_ids(ended, model.tokenizer)
+    assert "".join(p.text for p in pieces if p.is_answer) == reply.answer == "Yes."
+    assert (reply.finish_reason, reply.damage) == ("stop", frozenset())
+    chat.reply("More").read()
+    assert engine.prompts[1].split("<|end|>")[2] == f"<|start|>assistant{ANSWER}Yes."
+
+
+def test_a_chat_made_without_these_ids_goes_on_after_them(engine, chat):
+    engine.script = [f"{ANSWER}A{tiny_chat.MODEL_EOS}B<|return|>"]
+    reply = chat.reply("Hi")
+    assert (reply.read(), reply.damage) == ("AB", {Damage.STRAY_CONTROL})
+
+
 def test_a_reply_cut_by_its_limit_shows_what_is_there(engine, chat):
     engine.script = [f"{ANSWER}Gr\u00fc\u00dfe"]
     limit = len("<final<") + len("Gr") + 1  # two control tokens; the u umlaut has two bytes
@@ -204,6 +265,34 @@ def test_another_role_in_a_reply_is_not_remembered(engine, chat):
     assert reply.read() == "A\nB"
     chat.reply("More").read()
     assert engine.prompts[1].count("<|start|>system") == 1
+
+
+BAD_OPTIONS = [
+    ({"stop": "the end"}, TypeError, "stop must be a tuple of strings, got 'the end'"),
+    ({"stop": ["the end"]}, TypeError, "stop must be a tuple of strings"),
+    ({"stop": ("a", None)}, TypeError, "stop must be a tuple of strings"),
+    ({"stop": ("a", "")}, ValueError, "stop strings must have at least one character"),
+    ({"max_tokens": 0}, ValueError, "max_tokens must be at least 1 or None, got 0"),
+    ({"max_tokens": 2.0}, TypeError, "max_tokens must be an integer or None, got 2.0"),
+    ({"max_tokens": True}, TypeError, "max_tokens must be an integer or None"),
+    ({"seed": -1}, ValueError, "seed must be at least 0, got -1"),
+    ({"seed": None}, TypeError, "seed must be an integer, got None"),
+    ({"sampler": 0.7}, TypeError, "sampler must be a Greedy or a Sampler, got 0.7"),
+    ({"ignore_eos": "no"}, TypeError, "ignore_eos must be True or False, got 'no'"),
+]
+
+
+@pytest.mark.parametrize(("fields", "error", "message"), BAD_OPTIONS)
+def test_bad_options_are_refused(fields, error, message):
+    with pytest.raises(error, match=message):
+        Options(**fields)
+
+
+@pytest.mark.parametrize("prompt", [None, b"Hi", ["Hi"]])
+def test_a_prompt_that_is_no_text_is_refused(chat, engine, small_tokenizer, prompt):
+    for session in (chat, TextSession(engine, small_tokenizer, ())):
+        with pytest.raises(TypeError, match="expected the prompt as a str"):
+            session.reply(prompt)
 
 
 @pytest.mark.parametrize("text", ["", " \n"])
@@ -254,6 +343,27 @@ def test_a_loaded_model_continues_a_text_greedily_as_the_oracle(model, checkpoin
         ids.append(int(oracle.logits(checkpoint, config, ids)[-1].argmax()))
     pieces = model.text().reply("It was a dark", Options(Greedy(), max_tokens=6, ignore_eos=True))
     assert [piece.token_id for piece in pieces] == ids[-6:]
+
+
+def test_statistics_count_the_tokens_that_were_taken(model, monkeypatch):
+    """A stop string or the user ends a reply in the middle of a block."""
+    monkeypatch.setattr(engine_module, "BLOCK_SECONDS", float("inf"))
+    options = Options(Greedy(), max_tokens=60, ignore_eos=True)
+    whole = model.text().reply("It was", options)
+    text = whole.read()
+    assert whole.statistics.generated_tokens == 60
+    stop = next(c for i, c in enumerate(text) if i >= 5 and c not in text[:i])
+    stopped = model.text().reply("It was", dataclasses.replace(options, stop=(stop,)))
+    taken = len(list(stopped))
+    assert stopped.finish_reason == "stop_string"
+    assert taken == stopped.statistics.generated_tokens < 60
+    broken = model.text().reply("It was", options)
+    pieces = iter(broken)
+    for _ in range(11):  # 8 come with the first four blocks
+        next(pieces)
+    broken.break_off()
+    assert broken.statistics.generated_tokens == 11
+    assert broken.statistics.finish_reasons == [None]
 
 
 def test_a_loaded_model_answers_with_the_same_words_for_the_same_seed(model):

@@ -17,6 +17,10 @@ from moe_jax import quantize_mxfp4
 
 CONTEXT = 2048
 _NAMES = list(CONTROL_NAMES.values())
+MODEL_EOS = "<|startoftext|>"
+"""A token that ends a text for this model, though not in the harmony format."""
+
+EOS_NAMES = ("<|return|>", "<|call|>", "<|endoftext|>", MODEL_EOS)
 
 CONFIG = GptOssConfig(
     vocab_size=len(_NAMES) + 256,
@@ -35,9 +39,7 @@ CONFIG = GptOssConfig(
     rope_scaling=YarnScaling(factor=4.0, original_max_position_embeddings=512, truncate=False),
     rms_norm_eps=1e-5,
     swiglu_limit=7.0,
-    eos_token_ids=tuple(
-        sorted(_NAMES.index(name) for name in ("<|return|>", "<|call|>", "<|endoftext|>"))
-    ),
+    eos_token_ids=tuple(sorted(_NAMES.index(name) for name in EOS_NAMES)),
     initializer_range=0.3,
     quant_method="mxfp4",
 )

@@ -58,18 +58,23 @@ class Parser:
       tokenizer: gives the control ids and the text of the others.
       transcript: False: the ids follow `<|start|>assistant`, and the reply ends with the first stop
         id. True: they are whole messages of any role, as render_conversation makes them.
+      stop_ids: further ids that end a reply as `<|return|>` does, such as a model's own.
 
     Attributes:
       messages: the finished messages.
       ids: every id pushed.
       damage: how often each kind of damage occurred.
-      stop_id: the id that ended the reply (`<|return|>`, `<|call|>`, `<|endoftext|>`), None before.
+      stop_id: the id that ended the reply (`<|return|>`, `<|call|>`, `<|endoftext|>` or one of
+        `stop_ids`), None before.
     """
 
-    def __init__(self, tokenizer: Tokenizer, *, transcript: bool = False):
+    def __init__(
+        self, tokenizer: Tokenizer, *, transcript: bool = False, stop_ids: Iterable[int] = ()
+    ):
         self._tokenizer = tokenizer
         self._control = tokenizer.control
-        self._ends = self._control.stop_ids | {self._control.end}
+        self._stop_ids = self._control.stop_ids | frozenset(stop_ids)
+        self._ends = self._stop_ids | {self._control.end}
         self._transcript = transcript
         self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
         self._finished = False
@@ -91,7 +96,7 @@ class Parser:
         self.ids.append(token_id)
         if self._finished:
             self._report(Damage.TRAILING)
-        elif self._tokenizer.is_text(token_id):
+        elif token_id not in self._stop_ids and self._tokenizer.is_text(token_id):
             self._message_ids.append(token_id)
             return self._push_text(self._tokenizer.token_bytes(token_id))
         elif self._open is None:
@@ -214,7 +219,7 @@ class Parser:
         ids, damage = tuple(self._message_ids), frozenset(self._message_damage)
         message = Message(
             content="".join(self._parts) + tail,
-            raw_ids=ids if header.role == "assistant" and not damage else None,
+            raw_ids=self._replayable(ids) if header.role == "assistant" and not damage else None,
             **vars(header),
         )
         self.messages.append(ParsedMessage(message, ids, end, damage))
@@ -223,8 +228,13 @@ class Parser:
         self._stop_at(end)
         return Delta(index, header, tail, is_last=True)
 
+    def _replayable(self, ids: tuple[int, ...]) -> tuple[int, ...]:
+        """Without a stop id that is not of the format: rendering puts an end there."""
+        foreign = self._stop_ids - self._control.stop_ids - {self._control.end}
+        return ids[:-1] if ids[-1] in foreign else ids
+
     def _stop_at(self, token_id: int | None) -> None:
-        if token_id in self._control.stop_ids and not self._transcript:
+        if token_id in self._stop_ids and not self._transcript:
             self._finished = True
             self.stop_id = token_id
 
