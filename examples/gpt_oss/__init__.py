@@ -1,4 +1,4 @@
-"""gpt-oss on moe_jax: model, checkpoint loading, chat format, generation and serving.
+"""gpt-oss on moe_jax: model, checkpoint loading, chat format and generation.
 
     import gpt_oss
 
@@ -9,7 +9,8 @@
 
     session = model.chat(developer="Answer briefly.")
     for piece in session.reply("Hello", gpt_oss.Options(max_tokens=100)):
-        print(piece.text, end="")                   # see gpt_oss.session
+        if piece.is_answer:                         # not the reasoning, see gpt_oss.reader
+            print(piece.text, end="")
 
 Importing the package imports nothing else: each name is imported when first used.
 """

@@ -2,6 +2,7 @@
 
 import argparse
 import sys
+import time
 
 from gpt_oss.errors import UserError
 from gpt_oss.source import resolve
@@ -18,6 +19,7 @@ def run(arguments: argparse.Namespace, started: float) -> None:
         UserError: what is asked for cannot be done.
         ConfigError, CheckpointError: the model's files are missing or damaged.
     """
+    waiting = time.perf_counter()
     prompt = _prompt(arguments)
     source = resolve(
         arguments.model,
@@ -25,12 +27,13 @@ def run(arguments: argparse.Namespace, started: float) -> None:
         offline=arguments.offline,
         progress=not arguments.no_progress,
     )
+    waited = time.perf_counter() - waiting
     if source.note:
         print(source.note, file=sys.stderr, flush=True)
     # Everything heavy is imported only here, after what can be refused without it.
     from gpt_oss.speaker import chat, load_speaker
 
-    speaker = load_speaker(arguments, source, started)
+    speaker = load_speaker(arguments, source, started + waited)
     if prompt is None:
         chat(speaker)
     else:
@@ -46,7 +49,7 @@ def _prompt(arguments: argparse.Namespace) -> str | None:
         return None
     if prompt is None or prompt == "-":
         prompt = _read_stdin()
-    if not prompt.strip():
+    if not (prompt if arguments.raw else prompt.strip()):
         raise UserError("the prompt is empty: give --prompt some text, or pipe it in")
     return prompt
 

@@ -7,6 +7,9 @@ from typing import Any
 from gpt_oss.source import DEFAULT
 
 VERSION = "0.1.0"
+SEEDS = 2**63
+"""Seeds are below it."""
+
 _ALGORITHMS = ("auto", "per_token", "dense", "grouped", "fixed_budget")
 
 
@@ -118,8 +121,9 @@ def _add_sampling_flags(group: Any) -> None:
     )
     group.add_argument(
         "--seed",
-        type=_number(int, "at least 0 and below 2**63", lambda s: 0 <= s < 2**63),
-        help="the same seed gives the same answer (default: another each time)",
+        type=_number(int, "at least 0 and below 2**63", lambda s: 0 <= s < SEEDS),
+        help="the same seed gives the same answer; in a chat it counts up with each answer "
+        "(default: another each time)",
     )
     group.add_argument(
         "--stop",

@@ -53,6 +53,7 @@ def main(argv: Sequence[str] | None = None, started: float | None = None) -> int
         message = _message(error)
         if message is None:
             raise
+        _flush_output()
         print(f"generate.py: {message}", file=sys.stderr)
         return 1
     return 0
@@ -65,8 +66,16 @@ def _write_utf8() -> None:
             reconfigure(encoding="utf-8", errors="replace")
 
 
+def _flush_output() -> None:
+    """What cannot be written, to a full disk for one, is not tried again at exit."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        _discard_output()
+
+
 def _discard_output() -> None:
-    """What is still buffered for a closed pipe goes nowhere, without a complaint at exit."""
+    """What is still buffered goes nowhere, without a complaint at exit."""
     nowhere = os.open(os.devnull, os.O_WRONLY)
     os.dup2(nowhere, sys.stdout.fileno())
     os.close(nowhere)
@@ -76,13 +85,17 @@ def _message(error: Exception) -> str | None:
     """One line for an error that the user can do something about, else None."""
     if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("gpt_oss"):
         return (
-            f"the package {error.name} is missing: run  pip install -e '.[gpt-oss]'  in the root "
+            f"the package {error.name} is missing: run  .uv/bin/uv run --extra gpt-oss "
+            "examples/gpt_oss/generate.py ...  or first  pip install -e '.[gpt-oss]'  in the root "
             "of the repository"
         )
     if isinstance(error, ImportError):
         return str(error)
-    if "RESOURCE_EXHAUSTED" in str(error):
+    if isinstance(error, MemoryError) or "RESOURCE_EXHAUSTED" in str(error):
         return "out of memory: choose a smaller --context or model, or --dtype bfloat16"
+    if isinstance(error, OSError):
+        reason = error.strerror or " ".join(str(error).split()) or type(error).__name__
+        return f"{error.filename or 'input or output'}: {reason}"
     from gpt_oss.errors import UserError
     from moe_jax.checkpoint import CheckpointError, ConfigError
 

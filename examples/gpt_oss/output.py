@@ -2,6 +2,8 @@
 
 import dataclasses
 import json
+import os
+import re
 import sys
 from typing import Any, Protocol, TextIO
 
@@ -9,6 +11,12 @@ from gpt_oss.reader import Piece
 from gpt_oss.session import Reply
 
 _DIM, _PLAIN = "\033[2m", "\033[22m"
+_CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
+
+
+def printable(text: str, stream: TextIO) -> str:
+    """A model's text for a stream: a terminal gets U+FFFD for the characters that control it."""
+    return _CONTROLS.sub("\ufffd", text) if stream.isatty() else text
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +31,8 @@ class Report:
         finish_reason: why it ended: `stop`, `length`, `stop_string`, `tool_call`, `interrupted`.
         prompt_tokens: tokens of the prompt.
         generated_tokens: tokens generated, reasoning included.
-        load_seconds: from the start of the program until the model was ready.
+        load_seconds: from the start of the program until the model was ready, less the wait for
+            the prompt and for downloads; None in all but the first report.
         compile_seconds: first runs of the programs that had to be compiled.
         first_token_seconds: from the prompt to the first token, compilation included.
         prompt_tokens_per_second: rate of taking the prompt.
@@ -38,7 +47,7 @@ class Report:
     finish_reason: str
     prompt_tokens: int
     generated_tokens: int
-    load_seconds: float
+    load_seconds: float | None
     compile_seconds: float
     first_token_seconds: float | None
     prompt_tokens_per_second: float | None
@@ -48,7 +57,7 @@ class Report:
     def line(self) -> str:
         """All of it in one line for people."""
         parts = [
-            f"load {self.load_seconds:.1f} s",
+            _optional("load {:.1f} s", self.load_seconds),
             f"compile {self.compile_seconds:.1f} s",
             _optional("first token {:.2f} s", self.first_token_seconds),
             f"prompt {self.prompt_tokens} tokens"
@@ -66,7 +75,7 @@ def _optional(text: str, value: float | None, unit: int = 1) -> str:
     return "" if value is None else text.format(value / unit)
 
 
-def report(reply: Reply, *, load_seconds: float, **about: Any) -> Report:
+def report(reply: Reply, *, load_seconds: float | None, **about: Any) -> Report:
     """The report of a reply, whole or broken off."""
     statistics = reply.statistics
     return Report(
@@ -111,6 +120,10 @@ class Output(Protocol):
         """Ends a reply."""
         ...
 
+    def abandon(self) -> None:
+        """Leaves a reply that an error ended, so that a message can follow."""
+        ...
+
 
 class TextOutput:
     """The answer on one stream, all else on the other.
@@ -120,9 +133,9 @@ class TextOutput:
     """
 
     def __init__(self, answer: TextIO, notes: TextIO, *, show_reasoning: bool) -> None:
-        """Takes the streams; reasoning is dimmed where `notes` is a terminal."""
+        """Takes the streams; reasoning is dimmed on a terminal, without NO_COLOR."""
         self._answer = _Lines(answer)
-        self._reasoning = _Lines(notes, dim=notes.isatty()) if show_reasoning else None
+        self._reasoning = _Lines(notes, dim=_takes_color(notes)) if show_reasoning else None
         self._notes = notes
 
     def show(self, piece: Piece) -> None:
@@ -140,28 +153,41 @@ class TextOutput:
 
     def end(self, summary: Report) -> None:
         """See `Output`."""
+        self.abandon()
+        print(summary.line(), file=self._notes, flush=True)
+
+    def abandon(self) -> None:
+        """See `Output`."""
         for lines in (self._reasoning, self._answer):
             if lines is not None:
                 lines.end_line()
-        print(summary.line(), file=self._notes, flush=True)
+
+
+def _takes_color(stream: TextIO) -> bool:
+    return stream.isatty() and not os.environ.get("NO_COLOR")
 
 
 class _Lines:
-    """A stream that knows whether its last line is complete."""
+    """A stream that knows whether its last line is complete, and is dim until then."""
 
     def __init__(self, stream: TextIO, *, dim: bool = False) -> None:
-        self._stream, self._dim, self._open = stream, dim, False
+        self._stream, self._dim = stream, dim
+        self._open = self._dimmed = False
 
     def write(self, text: str) -> None:
-        self._stream.write(f"{_DIM}{text}{_PLAIN}" if self._dim else text)
+        if self._dim and not self._dimmed:
+            self._stream.write(_DIM)
+            self._dimmed = True
+        self._stream.write(printable(text, self._stream))
         self._stream.flush()
         self._open = not text.endswith("\n")
 
     def end_line(self) -> None:
-        if self._open:
-            self._stream.write("\n")
-            self._stream.flush()
-        self._open = False
+        if not self._open and not self._dimmed:
+            return
+        self._stream.write((_PLAIN if self._dimmed else "") + ("\n" if self._open else ""))
+        self._stream.flush()
+        self._open = self._dimmed = False
 
 
 class JsonOutput:
@@ -183,5 +209,11 @@ class JsonOutput:
         """See `Output`."""
         self._write({"statistics": dataclasses.asdict(summary)})
 
+    def abandon(self) -> None:
+        """See `Output`."""
+
     def _write(self, value: dict[str, Any]) -> None:
-        print(json.dumps(value, ensure_ascii=False), file=self._stream, flush=True)
+        line = json.dumps(value, ensure_ascii=False)
+        # JSON leaves some of the characters that control a terminal as they are
+        line = _CONTROLS.sub(lambda found: f"\\u{ord(found[0]):04x}", line)
+        print(line, file=self._stream, flush=True)

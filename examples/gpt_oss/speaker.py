@@ -3,97 +3,121 @@
 import argparse
 import dataclasses
 import datetime
+import functools
 import os
+import re
 import secrets
-import signal
 import sys
-import threading
 import time
 from collections.abc import Mapping
-from typing import Any, Self
+from typing import Any
 
 import jax
 
 from gpt_oss.errors import UserError
+from gpt_oss.flags import SEEDS
 from gpt_oss.harmony import SystemConfig
-from gpt_oss.output import JsonOutput, Output, TextOutput, report
+from gpt_oss.interrupts import Interrupts
+from gpt_oss.output import JsonOutput, Output, TextOutput, printable, report
 from gpt_oss.pretrained import Pretrained, load
 from gpt_oss.sampling import Sampler
 from gpt_oss.session import ChatSession, Options, Reply, TextSession
 from gpt_oss.source import Source
 
-
-class Interruptible:
-    """Ctrl-C takes effect at `check`, not while a piece is shown; a second one at once."""
-
-    def __init__(self) -> None:
-        self._pressed = False
-        # only the main thread may handle signals, and only it gets them
-        self._main = threading.current_thread() is threading.main_thread()
-        self._previous: Any = signal.SIG_DFL
-
-    def check(self) -> None:
-        """Raises KeyboardInterrupt if Ctrl-C was pressed."""
-        if self._pressed:
-            raise KeyboardInterrupt
-
-    def __enter__(self) -> Self:
-        if self._main:
-            self._previous = signal.signal(signal.SIGINT, self._press)
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        if self._main:
-            signal.signal(signal.SIGINT, self._previous)
-
-    def _press(self, *_: object) -> None:
-        self.check()
-        self._pressed = True
+_COMMAND = re.compile(r"/[A-Za-z]+(?!\S)")
+_COMMANDS = "/clear forgets what was said, /help lists the commands, /exit ends"
 
 
-@dataclasses.dataclass(frozen=True)
 class Speaker:
     """Answers prompts on an output.
 
     Attributes:
         session: turns prompts into replies.
-        options: how they are generated.
-        output: shows them.
-        about: what every report says of the model and the run, see `output.Report`.
     """
 
-    session: ChatSession | TextSession
-    options: Options
-    output: Output
-    about: Mapping[str, Any]
+    def __init__(
+        self,
+        session: ChatSession | TextSession,
+        options: Options,
+        output: Output,
+        about: Mapping[str, Any],
+        *,
+        load_seconds: float,
+        context: int,
+        seed: int | None,
+    ) -> None:
+        """Takes what answers, and what its reports say.
+
+        Args:
+            session: turns prompts into replies.
+            options: how they are generated; their seed is not used.
+            output: shows them.
+            about: what every report says of the model, see `output.Report`.
+            load_seconds: said by the first report only.
+            context: most tokens of prompt and answer.
+            seed: of the first answer, the next ones counting up; None draws one for each.
+        """
+        self.session = session
+        self._options, self._output, self._about = options, output, about
+        self._load_seconds: float | None = load_seconds
+        self._context, self._seed = context, seed
 
     def answer(self, prompt: str) -> None:
-        """Answers one prompt; an interrupted answer is ended properly too."""
-        reply = self.session.reply(prompt, self.options)
-        try:
-            with Interruptible() as interrupt:
-                for piece in reply:
-                    self.output.show(piece)
-                    interrupt.check()
-        except KeyboardInterrupt:
-            rest = reply.break_off()
-            if rest is not None:
-                self.output.show(rest)
-            self.output.end(report(reply, **self.about))
-            raise
-        self.output.end(report(reply, **self.about))
-        self._explain(reply)
+        """Answers one prompt.
 
-    def _explain(self, reply: Reply) -> None:
+        Raises:
+            KeyboardInterrupt: Ctrl-C was pressed; the answer was ended properly nevertheless.
+            UserError: the prompt cannot be answered.
+        """
+        seed = secrets.randbelow(2**31) if self._seed is None else self._seed
+        try:
+            reply = self.session.reply(prompt, dataclasses.replace(self._options, seed=seed))
+        except KeyboardInterrupt:
+            _note("interrupted before the answer began")
+            raise
+        if self._seed is not None:
+            self._seed = (seed + 1) % SEEDS
+        self._warn(reply)
+        with Interrupts() as interrupts:
+            try:
+                for piece in reply:
+                    interrupts.whole(functools.partial(self._output.show, piece))
+            except KeyboardInterrupt:
+                interrupts.pressed = False
+                interrupts.whole(functools.partial(self._break_off, reply, seed))
+                raise
+            except Exception:
+                self._output.abandon()
+                raise
+            interrupts.whole(functools.partial(self._end, reply, seed))
+
+    def _break_off(self, reply: Reply, seed: int) -> None:
+        rest = reply.break_off()
+        if rest is not None:
+            self._output.show(rest)
+        self._end(reply, seed)
+
+    def _end(self, reply: Reply, seed: int) -> None:
+        load_seconds, self._load_seconds = self._load_seconds, None
+        self._output.end(report(reply, seed=seed, load_seconds=load_seconds, **self._about))
         call = reply.tool_call
         if call is not None:
-            _note(f"the model calls {call.recipient} with {call.content}; there are no tools here")
-        elif reply.finish_reason == "length" and not reply.answer:
-            _note("no answer yet where the reply was cut: allow more --max-tokens or --context")
+            text = f"the model calls {call.recipient} with {call.content}; there are no tools here"
+            _note(printable(text, sys.stderr))
+        elif not reply.answer.strip():
+            cut = reply.finish_reason == "length"
+            more = ": allow more tokens with --max-tokens or --context" if cut else ""
+            _note(f"the model gave no answer{more}")
+
+    def _warn(self, reply: Reply) -> None:
+        wanted, room = self._options.max_tokens, self._context - reply.statistics.prompt_tokens
+        if wanted is not None and wanted > room:
+            _note(f"--max-tokens {wanted}: the context has room for {room}, see --context")
 
 
 def load_speaker(arguments: argparse.Namespace, source: Source, started: float) -> Speaker:
-    """Loads the model as the flags say."""
+    """Loads the model as the flags say; `started` is when that began, by `time.perf_counter`."""
+    device = _device()
     if arguments.compile_cache is not None:
         _keep_compiled(arguments.compile_cache)
     model = load(
@@ -104,48 +128,79 @@ def load_speaker(arguments: argparse.Namespace, source: Source, started: float) 
         algorithm=arguments.algorithm,
         tokens_per_expert_ratio=arguments.tokens_per_expert_ratio,
     )
-    options = _options(arguments)
-    about = {
-        "model": source.name,
-        "device": jax.devices()[0].device_kind,
-        "dtype": model.model.dtype.name,
-        "seed": options.seed,
-        "load_seconds": time.perf_counter() - started,
-    }
-    _note(f"{source.name} in {about['dtype']} on {about['device']}")
-    session = model.text() if arguments.raw else _new_chat(model, arguments)
-    return Speaker(session, options, _output(arguments), about)
+    about = {"model": source.name, "device": device, "dtype": model.model.dtype.name}
+    _note(f"{source.name} in {about['dtype']} on {device}")
+    return Speaker(
+        model.text() if arguments.raw else _new_chat(model, arguments),
+        _options(arguments),
+        _output(arguments),
+        about,
+        load_seconds=time.perf_counter() - started,
+        context=model.engine.context,
+        seed=arguments.seed,
+    )
+
+
+def _device() -> str:
+    """The kind of the device that JAX takes."""
+    try:
+        return jax.devices()[0].device_kind
+    except (RuntimeError, AssertionError) as error:  # JAX asserts for a platform it lacks
+        wanted = os.environ.get("JAX_PLATFORMS")
+        asked = f"; JAX_PLATFORMS is {wanted!r}: leave it out, or install JAX for that"
+        reason = " ".join(str(error).split()) or "JAX finds none"
+        raise UserError(f"no device to run on: {reason}{asked if wanted else ''}") from None
 
 
 def chat(speaker: Speaker) -> None:
-    """Answers line after line of the terminal; an empty line is passed over."""
-    _note("chat: /clear forgets what was said, Ctrl-D ends")
+    """Answers line after line of the terminal; an empty line is passed over.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C was pressed where nothing was typed; during an answer it ends
+            the answer only.
+    """
+    _note(f"chat: {_COMMANDS}; Ctrl-C stops an answer, Ctrl-D ends the chat")
     while (line := _ask()) is not None:
-        if line.strip() == "/clear" and isinstance(speaker.session, ChatSession):
+        command = _COMMAND.match(line.strip())
+        if command is None:
+            _answer(speaker, line)
+        elif line.strip() == "/exit":
+            return
+        elif line.strip() == "/clear" and isinstance(speaker.session, ChatSession):
             speaker.session.clear()
-        elif line.strip():
-            try:
-                speaker.answer(line)
-            except UserError as error:
-                _note(f"{error}, or forget what was said with /clear")
+        else:
+            _note(f"commands: {_COMMANDS}")
+
+
+def _answer(speaker: Speaker, line: str) -> None:
+    if not line.strip():
+        return
+    try:
+        speaker.answer(line)
+    except UserError as error:
+        _note(f"{error}, or forget what was said with /clear")
+    except KeyboardInterrupt:
+        pass  # the report says that the answer was interrupted
 
 
 def _ask() -> str | None:
     """The next line of the terminal, None at its end."""
     try:
-        import readline  # noqa: F401 - gives input() editing and history
+        import readline  # gives input() editing and history
     except ImportError:
-        pass
-    try:
-        if sys.stdout.isatty():
-            return input("> ")
-        print("> ", end="", file=sys.stderr, flush=True)  # input() would write it to stdout
-        return input()
-    except (EOFError, KeyboardInterrupt) as ending:
-        _note("")  # the shell's next prompt begins on a line of its own
-        if isinstance(ending, KeyboardInterrupt):
-            raise
-        return None
+        readline = None
+    while True:
+        try:
+            if sys.stdout.isatty():
+                return input("> ")
+            print("> ", end="", file=sys.stderr, flush=True)  # input() would write it to stdout
+            return input()
+        except (EOFError, KeyboardInterrupt) as ending:
+            _note("")  # the shell's next prompt begins on a line of its own
+            if isinstance(ending, EOFError):
+                return None
+            if readline is None or not readline.get_line_buffer():
+                raise
 
 
 def _new_chat(model: Pretrained, arguments: argparse.Namespace) -> ChatSession:
@@ -167,7 +222,6 @@ def _options(arguments: argparse.Namespace) -> Options:
         sampler=sampler,
         max_tokens=arguments.max_tokens,
         stop=tuple(arguments.stop),
-        seed=secrets.randbelow(2**31) if arguments.seed is None else arguments.seed,
         ignore_eos=arguments.ignore_eos,
     )
 

@@ -6,9 +6,11 @@ import json
 import os
 import re
 import runpy
+import select
 import signal
 import subprocess
 import sys
+import time
 import types
 from pathlib import Path
 
@@ -20,6 +22,7 @@ import gpt_oss.generate
 from gpt_oss import source, speaker
 from gpt_oss.generate import main
 from gpt_oss.pretrained import Pretrained
+from gpt_oss.reader import Piece
 from gpt_oss.sampling import Sampler
 
 SCRIPT = Path(gpt_oss.generate.__file__)
@@ -92,7 +95,36 @@ def test_reasoning_can_be_hidden(command, capsys):
 def test_reasoning_is_dimmed_on_a_terminal_only(command, monkeypatch):
     monkeypatch.setattr(sys, "stderr", Terminal())
     assert command("-p", "Hi", "--no-progress", replies=[REPLY + "Yes.<|return|>"]) == 0
-    assert "\033[2mH\033[22m" in sys.stderr.getvalue()
+    assert "\n\033[2mHm.\033[22m\nload " in sys.stderr.getvalue()
+
+
+def test_reasoning_is_not_dimmed_where_colors_are_off(command, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setenv("NO_COLOR", "1")
+    assert command("-p", "Hi", "--no-progress", replies=[REPLY + "Yes.<|return|>"]) == 0
+    assert "\nHm.\nload " in sys.stderr.getvalue()
+
+
+def test_control_characters_do_not_reach_a_terminal(command, monkeypatch, capsys):
+    reply = "<|channel|>final<|message|>a\x1b[2J\tb\x07\r\x9b1m\x7f<|return|>"
+    assert command("-p", "Hi", replies=[reply]) == 0
+    assert capsys.readouterr().out == "a\x1b[2J\tb\x07\r\x9b1m\x7f\n"
+    monkeypatch.setattr(sys, "stdout", Terminal())
+    assert command("-p", "Hi", replies=[reply]) == 0
+    replaced = "a\ufffd[2J\tb\ufffd\ufffd\ufffd1m\ufffd\n"
+    assert sys.stdout.getvalue() == replaced
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    thought = reply.replace("final", "analysis")
+    assert command("-p", "Hi", "--no-progress", replies=[thought]) == 0
+    assert replaced.replace("\n", "\033[22m\n") in sys.stderr.getvalue()
+
+
+def test_lines_of_json_have_no_control_characters_and_lose_none(command, capsys):
+    reply = "<|channel|>final<|message|>a\x1b[2J\x9b\x7f<|return|>"
+    assert command("-p", "Hi", "--json", replies=[reply]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert all(line.isprintable() for line in lines)
+    assert "".join(json.loads(line).get("text", "") for line in lines) == "a\x1b[2J\x9b\x7f"
 
 
 def test_lines_of_json_have_every_token_and_then_the_statistics(
@@ -134,19 +166,120 @@ def test_a_prompt_may_come_from_stdin(command, scripted, monkeypatch):
     assert scripted.prompts == ["Grüße\nHi"] * 2
 
 
-def test_a_chat_on_a_terminal_remembers_until_it_is_cleared(command, scripted, monkeypatch, capsys):
-    lines = ["One", "", "Two", "/clear", "Three"]
+def test_white_space_is_text_to_continue(command, scripted):
+    assert command("--raw", "-p", " \n", replies=["x"]) == 0
+    assert scripted.prompts == [" \n"]
+
+
+@pytest.fixture
+def typed(monkeypatch):
+    """What is typed on the terminal, line by line; an exception stands for its key."""
+    lines = []
 
     def ask(*prompt):
-        if not lines:
-            raise EOFError
-        return lines.pop(0)
+        line = lines.pop(0) if lines else EOFError()
+        if isinstance(line, BaseException):
+            raise line
+        return line
 
     monkeypatch.setattr(sys, "stdin", Terminal())
     monkeypatch.setattr("builtins.input", ask)
+    return lines
+
+
+def test_a_chat_on_a_terminal_remembers_until_it_is_cleared(command, scripted, typed, capsys):
+    typed += ["One", "", "Two", "/clear", "Three"]
     assert command(replies=[f"{REPLY}{n}.<|return|>" for n in (1, 2, 3)]) == 0
     assert capsys.readouterr().out == "1.\n2.\n3.\n"
     assert ["One" in p for p in scripted.prompts] == [True, True, False]
+
+
+def test_ctrl_c_during_an_answer_of_a_chat_ends_the_answer_only(command, scripted, typed, capsys):
+    typed += ["One", "Two"]
+    assert command("--stop", "never", replies=[REPLY + "So ne^C", REPLY + "Yes.<|return|>"]) == 0
+    out, err = capsys.readouterr()
+    assert out == "So ne\nYes.\n"
+    assert re.findall(r"ended by (\w+)", err) == ["interrupted", "stop"]
+
+
+def test_ctrl_c_where_nothing_is_typed_ends_a_chat(command, scripted, typed, capsys):
+    typed += [KeyboardInterrupt(), "One"]
+    assert command() == 130
+    assert (scripted.prompts, typed) == ([], ["One"])
+
+
+def test_exit_ends_a_chat(command, scripted, typed):
+    typed += [" /exit ", "One"]
+    assert command() == 0
+    assert (scripted.prompts, typed) == ([], ["One"])
+
+
+@pytest.mark.parametrize("line", ["/help", "/nothing", "/clear all", " /exit now"])
+def test_commands_of_a_chat_are_listed_without_asking_the_model(
+    command, scripted, typed, capsys, line
+):
+    typed += [line]
+    assert command() == 0
+    assert scripted.prompts == []
+    (listed,) = re.findall("commands: .*", capsys.readouterr().err)
+    assert all(name in listed for name in ("/clear", "/help", "/exit"))
+
+
+@pytest.mark.parametrize("line", ["/usr/bin is what?", "1/2", "/ is what?"])
+def test_a_slash_alone_makes_no_command(command, scripted, typed, line):
+    typed += [line]
+    assert command(replies=[REPLY + "Yes.<|return|>"]) == 0
+    assert line in scripted.prompts[0]
+
+
+@pytest.mark.parametrize(
+    ("seed", "seeds"), [(7, [7, 8, 9]), (2**63 - 2, [2**63 - 2, 2**63 - 1, 0])]
+)
+def test_the_seed_counts_up_in_a_chat(command, scripted, typed, capsys, seed, seeds):
+    typed += ["One", "x" * 3000, "Two", "Three"]  # the second does not fit
+    assert command("--seed", str(seed), replies=[REPLY + "Yes.<|return|>"] * 3) == 0
+    assert [seed for *_, seed in scripted.options] == seeds
+    err = capsys.readouterr().err
+    assert [int(n) for n in re.findall(r"seed (\d+)", err)] == seeds
+    assert len(re.findall(r"^load ", err, re.MULTILINE)) == 1
+
+
+def test_without_a_seed_each_answer_draws_one(command, scripted, typed, monkeypatch, capsys):
+    drawn = iter([5, 3, 8])
+    monkeypatch.setattr("secrets.randbelow", lambda most: next(drawn))
+    typed += ["One", "Two", "Three"]
+    assert command(replies=[REPLY + "Yes.<|return|>"] * 3) == 0
+    assert [seed for *_, seed in scripted.options] == [5, 3, 8]
+    assert re.findall(r"seed (\d+)", capsys.readouterr().err) == ["5", "3", "8"]
+
+
+def test_loading_does_not_count_the_wait_for_the_prompt_and_for_downloads(
+    command, scripted, monkeypatch, capsys
+):
+    seconds = [100.0]
+    monkeypatch.setattr("time.perf_counter", lambda: seconds[0])
+    resolve = source.resolve
+
+    def download(*args, **options):
+        seconds[0] += 1000
+        return resolve(*args, **options)
+
+    class Typing(io.StringIO):
+        def read(self, *args):
+            seconds[0] += 500
+            return super().read(*args)
+
+    load = speaker.load
+
+    def slow(*args, **options):
+        seconds[0] += 7
+        return load(*args, **options)
+
+    monkeypatch.setattr("gpt_oss.command.resolve", download)
+    monkeypatch.setattr(speaker, "load", slow)
+    monkeypatch.setattr(sys, "stdin", Typing("Hi"))
+    assert command(replies=[REPLY + "Yes.<|return|>"]) == 0
+    assert "load 7.0 s" in capsys.readouterr().err
 
 
 def test_a_tool_call_ends_the_turn_with_a_line_on_stderr(command, capsys):
@@ -157,10 +290,28 @@ def test_a_tool_call_ends_the_turn_with_a_line_on_stderr(command, capsys):
     assert "the model calls functions.f with {}" in err.splitlines()[-1]
 
 
-def test_a_reply_without_an_answer_says_so(command, capsys):
-    assert command("-p", "Hi", "--max-tokens", "12", replies=[REPLY + "Yes.<|return|>"]) == 0
+@pytest.mark.parametrize(
+    ("flags", "reply", "more"),
+    [
+        (["--max-tokens", "12"], REPLY + "Yes.<|return|>", ": allow more tokens with --max-tokens"),
+        ([], "<|channel|>analysis<|message|>Hm.<|end|><|return|>", ""),
+        ([], REPLY + "<|return|>", ""),
+        (["--raw"], "<|return|>", ""),
+    ],
+)
+def test_a_reply_without_an_answer_says_so(command, capsys, flags, reply, more):
+    assert command("-p", "Hi", *flags, replies=[reply]) == 0
     out, err = capsys.readouterr()
-    assert (out, "no answer yet" in err) == ("", True)
+    assert out == ""
+    assert err.splitlines()[-1].startswith("the model gave no answer" + more)
+    assert ("allow more" in err) == bool(more)
+
+
+@pytest.mark.parametrize(("limit", "noted"), [(2046, False), (2047, True)])
+def test_more_tokens_than_the_context_has_room_for_are_noted(command, capsys, limit, noted):
+    assert command("--raw", "-p", "Hi", "--max-tokens", str(limit), replies=["x"]) == 0
+    expected = f"--max-tokens {limit}: the context has room for 2046"
+    assert (expected in capsys.readouterr().err) == noted
 
 
 def test_stop_strings_end_the_answer(command, capsys):
@@ -253,13 +404,75 @@ def test_stdin_that_is_not_utf8_is_one_line(command, capsys, monkeypatch):
     assert "stdin is not UTF-8 text" in only_line(capsys.readouterr().err)
 
 
-def test_memory_that_is_not_there_is_one_line(command, capsys, monkeypatch):
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (RuntimeError("RESOURCE_EXHAUSTED: Out of memory"), "choose a smaller --context"),
+        (MemoryError(), "choose a smaller --context"),
+        (PermissionError(13, "Permission denied", "model.safetensors"), "model.safetensors: Perm"),
+        (OSError("cannot map\nthe file"), "input or output: cannot map the file"),
+    ],
+)
+def test_what_the_machine_refuses_is_one_line(command, capsys, monkeypatch, error, expected):
     def load(*args, **options):
-        raise RuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate")
+        raise error
 
     monkeypatch.setattr(speaker, "load", load)
     assert command("-p", "Hi") == 1
-    assert "choose a smaller --context" in only_line(capsys.readouterr().err)
+    assert expected in only_line(capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("error", [AssertionError(), RuntimeError("Unable to initialize 'cuda'")])
+def test_a_device_that_is_not_there_is_one_line(command, capsys, monkeypatch, error):
+    def devices():
+        raise error
+
+    monkeypatch.setattr("jax.devices", devices)
+    monkeypatch.setenv("JAX_PLATFORMS", "cuda")
+    assert command("-p", "Hi") == 1
+    line = only_line(capsys.readouterr().err)
+    assert re.search(f"no device to run on: .*{error}.*JAX_PLATFORMS is 'cuda'", line)
+
+
+def test_an_error_during_an_answer_leaves_the_terminal_plain(command, monkeypatch):
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setattr("gpt_oss.session.Reply.__iter__", broken_reply)
+    assert command("-p", "Hi", "--no-progress", replies=[REPLY]) == 1
+    assert "\033[2mHm\033[22m\ngenerate.py: out of memory" in sys.stderr.getvalue()
+
+
+def broken_reply(reply):
+    """Two tokens of reasoning, then no memory is left."""
+    yield Piece(1, "H", "analysis", False)
+    yield Piece(2, "m", "analysis", False)
+    raise MemoryError
+
+
+def test_a_package_of_the_program_that_is_missing_is_one_line(command, capsys, monkeypatch):
+    def run(*args):
+        raise ModuleNotFoundError("No module named 'tqdm'", name="tqdm")
+
+    monkeypatch.setattr("gpt_oss.command.run", run)
+    assert command("-p", "Hi") == 1
+    line = only_line(capsys.readouterr().err)
+    assert "package tqdm is missing" in line
+    assert ".uv/bin/uv run --extra gpt-oss examples/gpt_oss/generate.py" in line
+    assert "pip install -e '.[gpt-oss]'" in line
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
+def test_a_full_disk_is_one_line(checkpoint):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(
+            [sys.executable, str(SCRIPT), "--model", str(checkpoint), "--raw", "-p", "Hi"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            encoding="utf-8",
+        )
+    assert done.returncode == 1
+    first, last = done.stderr.splitlines()
+    assert last == "generate.py: input or output: No space left on device"
 
 
 def test_a_fault_of_the_program_keeps_its_traceback(command, monkeypatch):
@@ -382,6 +595,64 @@ def test_from_its_own_folder_ctrl_c_ends_it_cleanly(checkpoint):
     assert (first + rest).endswith("\n")
     assert err.splitlines()[-1].endswith("ended by interrupted")
     assert "Traceback" not in err
+
+
+class Typist:
+    """Runs the command on a terminal of its own, as its session's leader."""
+
+    def __init__(self, *flags):
+        pty = pytest.importorskip("pty")
+        self._screen, terminal = pty.openpty()
+        setup = (
+            "import fcntl, os, signal, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
+            "signal.signal(signal.SIGINT, signal.default_int_handler); "
+            "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])"
+        )
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", setup, str(SCRIPT), *flags],
+            stdin=terminal,
+            stdout=terminal,
+            stderr=terminal,
+            start_new_session=True,
+        )
+        os.close(terminal)
+
+    def type(self, text):
+        os.write(self._screen, text.encode())
+
+    def wait_for(self, text):
+        """Reads the screen up to `text`."""
+        shown = b""
+        while text.encode() not in shown:
+            ready, _, _ = select.select([self._screen], [], [], 60)
+            assert ready, f"expected {text!r}, got {shown!r}"
+            shown += os.read(self._screen, 1)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error):
+        self.process.kill()
+        self.process.wait()
+        os.close(self._screen)
+
+
+def test_ctrl_c_on_a_terminal_ends_the_answer_then_the_line_then_the_chat(checkpoint):
+    pytest.importorskip("readline")
+    with Typist("--model", str(checkpoint), "--seed", "1", "--developer", "x" * 1000) as typist:
+        typist.wait_for("> ")
+        typist.type("Hi\n")
+        typist.wait_for("Hi\r\n")
+        time.sleep(0.2)  # the line is taken, the programs are being compiled
+        typist.type("\x03")
+        typist.wait_for("interrupted")
+        typist.wait_for("> ")
+        typist.type("half a line")
+        typist.wait_for("half a line")
+        typist.type("\x03")
+        typist.wait_for("> ")
+        typist.type("\x03")
+        assert typist.process.wait(timeout=60) == 130
 
 
 def test_a_closed_pipe_ends_it_quietly(checkpoint):
