@@ -36,6 +36,7 @@ class Call:
     def of(cls, experts: Any, x: Any, per_token: Any, last: str, mask: Any) -> "Call":
         like = x
         if not is_tagged(x):
+            x = like = jnp.asarray(x)
             x = Tagged(x, (*token_axes(jnp.ndim(x) - 1), "d"))
             if not isinstance(experts, Expert):
                 experts = OnBareArrays(experts)
@@ -81,9 +82,10 @@ def like_tokens(value: Any, x: Tagged, without: str, last: str | None = None) ->
     lead = tuple(n for n in x.axes if n != without)
     axes = lead if last is None else (*lead, last)
     if not is_tagged(value):
-        if jnp.ndim(value) != len(axes):
+        value = jnp.asarray(value)
+        if value.ndim != len(axes):
             raise ValueError(
-                f"expected an array with the axes ({', '.join(axes)}), got shape {jnp.shape(value)}"
+                f"expected an array with the axes ({', '.join(axes)}), got shape {value.shape}"
             )
         value = Tagged(value, axes)
     if set(value.axes) != set(axes):

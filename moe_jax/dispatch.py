@@ -30,6 +30,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 
+from moe_jax.dtypes import accumulator
 from moe_jax.experts.base import apply_experts
 from moe_jax.experts.rows import ChosenExperts, EveryExpert, SortedRows
 from moe_jax.routing import Router, Routing, expert_scores, routing_weights, selection_scores
@@ -182,8 +183,7 @@ def plan_fixed_budget(
     num_tokens, num_experts = scores.shape
     rank = jnp.argsort(jnp.argsort(-scores, axis=1, stable=True), axis=1)
     tokens = jnp.ones(num_tokens, bool) if token_mask is None else token_mask.untag("s")
-    barred = (scores == -jnp.inf) | (logits.untag("s", "expert") == -jnp.inf)
-    eligible = tokens[:, None] & ~barred
+    eligible = tokens[:, None] & (scores > -jnp.inf)
     wanted = eligible & (rank < experts_per_token)
     if overflow == "drop":
         eligible = wanted
@@ -221,7 +221,8 @@ def plan_fixed_budget(
 
 def check_ratio(ratio: float) -> None:
     """Raises ValueError unless the ratio is a positive finite number."""
-    if not (isinstance(ratio, numbers.Real) and math.isfinite(ratio) and ratio > 0):
+    number = isinstance(ratio, numbers.Real) and not isinstance(ratio, bool)
+    if not (number and math.isfinite(ratio) and ratio > 0):
         raise ValueError(
             f"tokens_per_expert_ratio must be a positive number, got {ratio!r}; "
             f"leave it None to compute every chosen pair"
@@ -237,7 +238,7 @@ def check_overflow(overflow: str) -> None:
 def fixed_budget(
     experts: Any, x: Tagged, logits: Tagged, plan: BudgetPlan, router: Router
 ) -> Tagged:
-    """x {s, d}, logits {s, expert} -> {s, d}, weights renormalised over the kept experts."""
+    """x {s, d}, logits {s, expert} -> {s, d}, weighed among the kept experts."""
     if not x.size("s"):
         return x
     weights = routing_weights(logits.astype(jnp.float32), plan.ids, plan.valid, router)
@@ -252,11 +253,16 @@ def fixed_budget(
     return y.map(lambda array: jnp.where(unknown, jnp.nan, array))
 
 
-def exact_report(routing: Routing, num_experts: int) -> DispatchReport:
+def exact_report(
+    routing: Routing, num_experts: int, token_mask: Tagged | None = None
+) -> DispatchReport:
     """The report of an algorithm that computes every chosen pair."""
-    _, _, valid = _valid_pairs(routing, num_experts)
+    valid = _valid_pairs(routing, num_experts)[2].array
+    empty = ~valid.any(1)
+    if token_mask is not None:
+        empty &= token_mask.untag("s")
     zero = jnp.zeros((), jnp.int32)
-    return DispatchReport(valid.array.sum(dtype=jnp.int32), zero, zero, zero)
+    return DispatchReport(valid.sum(dtype=jnp.int32), zero, zero, empty.sum(dtype=jnp.int32))
 
 
 def _valid_pairs(routing: Routing, num_experts: int) -> tuple[Tagged, Tagged, Tagged]:
@@ -271,8 +277,9 @@ def _valid_pairs(routing: Routing, num_experts: int) -> tuple[Tagged, Tagged, Ta
 
 
 def _combine(y: Tagged, weights: Tagged, valid: Tagged, axis: str, dtype: Any) -> Tagged:
-    """The weighted sum over `axis` in float32. What is not valid counts as nothing, even NaN."""
-    rows = y.order("s", axis, "d").array.astype(jnp.float32)
+    """The weighted sum over `axis`, in float32 at least. What is not valid is nothing, even NaN."""
+    wide = accumulator(dtype)
+    rows = y.order("s", axis, "d").array.astype(wide)
     rows = jnp.where(valid.order("s", axis).array[:, :, None], rows, 0.0)
-    total = (rows * weights.order("s", axis).array[:, :, None]).sum(1)
+    total = (rows * weights.order("s", axis).array.astype(wide)[:, :, None]).sum(1)
     return Tagged(total.astype(dtype), ("s", "d"))

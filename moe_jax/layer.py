@@ -12,7 +12,14 @@ from moe_jax.dispatch import DispatchReport, Overflow
 from moe_jax.experts.base import check_experts
 from moe_jax.losses import load_balance_loss, router_z_loss
 from moe_jax.mixture_of_experts import AlgorithmChoice, check_dispatch, mixture_of_experts
-from moe_jax.routing import Router, check_experts_per_token, route, router_logits
+from moe_jax.routing import (
+    Router,
+    check_expert_axis,
+    check_experts_per_token,
+    check_groups,
+    route,
+    router_logits,
+)
 from moe_jax.tagged import Tagged, is_tagged
 from moe_jax.variables import Variables, fixed, param, value
 
@@ -36,6 +43,8 @@ class MoEConfig:
     overflow: Overflow = "reroute"
 
     def __post_init__(self) -> None:
+        if not isinstance(self.router, Router):
+            raise TypeError(f"router must be a Router, got {self.router!r}")
         check_dispatch(self.algorithm, self.tokens_per_expert_ratio, self.overflow)
 
 
@@ -85,13 +94,17 @@ class MoE(nnx.Module):
         num_experts = router_weight.size("expert")
         check_experts_per_token(experts_per_token, num_experts)
         check_experts(experts, num_experts)
+        self.config = MoEConfig(
+            experts_per_token, router, algorithm, tokens_per_expert_ratio, overflow
+        )
+        check_groups(router, experts_per_token, num_experts)
+        for name, bias in (("router_bias", router_bias), ("selection_bias", selection_bias)):
+            if bias is not None:
+                check_expert_axis(name, bias, num_experts)
         self.router_weight = param(router_weight)
         self.router_bias = None if router_bias is None else param(router_bias)
         self.selection_bias = None if selection_bias is None else fixed(selection_bias)
         self.experts = experts if isinstance(experts, nnx.Module) else Variables(experts)
-        self.config = MoEConfig(
-            experts_per_token, router, algorithm, tokens_per_expert_ratio, overflow
-        )
 
     def logits(self, x: Tagged) -> Tagged:
         """The router's logits {..., expert}, float32, of x {..., d}."""
@@ -116,6 +129,8 @@ class MoE(nnx.Module):
         return y, RouterStatistics(*losses, report)
 
     def _apply(self, x: Any, token_mask: Any) -> tuple[Any, Tagged, DispatchReport]:
+        if not is_tagged(x):
+            x = jnp.asarray(x)
         named = x if is_tagged(x) else Tagged(x, (*token_axes(x.ndim - 1), "d"))
         if token_mask is not None:
             # what padding holds, even NaN, must not reach the router's gradient

@@ -19,6 +19,7 @@ from moe_jax.routing import (
     LINEAR_ROUTER,
     Router,
     Routing,
+    check_expert_axis,
     check_experts_per_token,
     check_groups,
     route,
@@ -90,7 +91,8 @@ def mixture_of_experts(
             experts tokens (rounded up to a multiple of 8). A token's result then depends on the
             other tokens.
         algorithm: `auto` chooses by the number of tokens, see `moe_jax.choose_algorithm`. One that
-            is named is used; it never falls back to another.
+            is named is used; it never falls back to another. `grouped` has gradients but no
+            forward-mode derivatives (`jax.jvp`); `dense` has both.
         token_mask: bool {...}; tokens that are False take no expert's room and get zeros.
         selection_bias: {expert}, added to what selects experts but not to what weighs them.
         overflow: what `fixed_budget` does with tokens that found their expert full: `reroute` to
@@ -112,8 +114,10 @@ def mixture_of_experts(
     check_experts_per_token(experts_per_token, num_experts)
     check_groups(router, experts_per_token, num_experts)
     check_experts(layer.experts, num_experts)
-    if selection_bias is not None and not is_tagged(selection_bias):
-        selection_bias = tag(selection_bias, "expert")
+    if selection_bias is not None:
+        if not is_tagged(selection_bias):
+            selection_bias = tag(selection_bias, "expert")
+        check_expert_axis("selection_bias", selection_bias, num_experts)
     if not jnp.issubdtype(logits.dtype, jnp.floating):
         raise TypeError(f"gating must be floats, got {logits.dtype}")
     name = _algorithm(
@@ -139,7 +143,7 @@ def mixture_of_experts(
             logits, experts_per_token, router, selection_bias=selection_bias, token_mask=mask
         )
         y = dispatch.EXACT[name](layer.experts, layer.x, routing, num_experts)
-        report = dispatch.exact_report(routing, num_experts)
+        report = dispatch.exact_report(routing, num_experts, mask)
     y = layer.restore(y)
     return (y, report) if with_report else y
 

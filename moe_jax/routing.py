@@ -99,9 +99,9 @@ def route(
 ) -> Routing:
     """Chooses experts and weighs them.
 
-    Of equal logits the expert with the lowest index wins. An expert whose logit is -inf is barred:
-    where it is among the best all the same, its id is `num_experts` and its weight 0. A NaN among
-    the logits makes the token's weights NaN.
+    Of equal logits the expert with the lowest index wins. An expert is barred by a logit of -inf or
+    by its group: where too few others are left, its id is `num_experts` and its weight 0. A NaN
+    among the logits makes the token's weights NaN.
 
     Args:
         logits: {..., expert}, any float type.
@@ -124,17 +124,16 @@ def route(
         # before the scores, so that a NaN in a masked token does not reach the gradients
         seen = token_mask.expand_to(logits)
         logits = logits.map(lambda array: jnp.where(seen, array, 0.0))
-    chosen = selection_scores(logits, router, selection_bias)
-    _, ids = chosen.top_k(experts_per_token, "expert", "top_expert")
-    weights = routing_weights(logits, ids, None, router)
+    values, ids = selection_scores(logits, router, selection_bias).top_k(
+        experts_per_token, "expert", "top_expert"
+    )
     # a NaN with its sign set ranks last, so that top_k may not choose it
-    rest = tuple(n for n in weights.axes if n != "top_expert")
+    rest = tuple(n for n in ids.axes if n != "top_expert")
     unknown = jnp.isnan(logits.untag(*rest, "expert")).any(-1, keepdims=True)
+    valid = values.map(lambda v: (v > -jnp.inf) | unknown)
+    weights = routing_weights(logits, ids, valid, router)
     weights = weights.map(lambda w: jnp.where(unknown, jnp.nan, w))
-    # an expert whose logit is -inf is barred: its pair is none
-    index = ids.untag(*rest, "top_expert")
-    barred = jnp.take_along_axis(logits.untag(*rest, "expert"), index, axis=-1) == -jnp.inf
-    ids = Tagged(jnp.where(barred, num_experts, index), (*rest, "top_expert"))
+    ids = ids.map(lambda i: jnp.where(valid.array, i, num_experts))
     if token_mask is not None:
         keep = token_mask.expand_to(ids)
         ids = ids.map(lambda i: jnp.where(keep, i, num_experts))
@@ -145,10 +144,16 @@ def route(
 def selection_scores(
     logits: Tagged, router: Router, selection_bias: Tagged | None = None
 ) -> Tagged:
-    """What experts are selected by, {..., expert}; -inf for experts of groups not chosen."""
+    """What experts are selected by, {..., expert}; -inf for experts that are barred.
+
+    Those are experts whose logit is -inf, whatever their score and bias, and experts of groups that
+    were not chosen.
+    """
     scores = logits if router.order == "after_top_k" else expert_scores(logits, router)
     if selection_bias is not None:
         scores = scores + selection_bias.astype(jnp.float32)
+    barred = logits.order(*scores.axes).array == -jnp.inf
+    scores = scores.map(lambda array: jnp.where(barred, -jnp.inf, array))
     return scores if router.num_groups == 1 else _limit_groups(scores, router)
 
 
@@ -190,6 +195,12 @@ def check_experts_per_token(experts_per_token: Any, num_experts: int) -> None:
             f"experts_per_token must be between 1 and the number of experts {num_experts}, "
             f"got {experts_per_token}"
         )
+
+
+def check_expert_axis(name: str, value: Tagged, num_experts: int) -> None:
+    """Raises ValueError unless `value` is {expert} with one entry for each expert."""
+    if value.axes != ("expert",) or value.size("expert") != num_experts:
+        raise ValueError(f"{name} must be {{expert={num_experts}}}, got {value}")
 
 
 def check_groups(router: Router, experts_per_token: int, num_experts: int) -> None:

@@ -25,6 +25,7 @@ from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -160,9 +161,15 @@ class Tagged:
     def take(self, indices: "Tagged | jax.Array | int", axis: str) -> "Tagged":
         """Picks entries along `axis`; the axes of `indices` take its place.
 
-        Indices outside the axis are moved to its nearest end.
+        An index that is a Python int must be within the axis, and may count from its end. Indices
+        in arrays, whose values are unknown inside jit, are moved to the nearest end if outside.
         """
         array, position = self._checked(), self.position(axis)
+        if isinstance(indices, int):
+            size = array.shape[position]
+            if not -size <= indices < size:
+                raise ValueError(f"index {indices} is outside axis {axis!r} of {self}")
+            indices = indices % size
         if isinstance(indices, Tagged):
             picked, names = indices._checked(), indices.axes
         else:
@@ -322,7 +329,7 @@ def tag(array: Any, *axes: str) -> Tagged:
     """
     if isinstance(array, Tagged):
         raise TypeError(f"already tagged: {array}. Use rename to change names")
-    if not hasattr(array, "shape"):
+    if not hasattr(array, "shape") or isinstance(array, np.ndarray):
         array = jnp.asarray(array)
     tagged = Tagged(array, axes)
     if len(array.shape) != len(axes):

@@ -206,6 +206,7 @@ def test_padding_with_nan_does_not_reach_the_gradients(parts):
         ({"algorithm": "fixed_budget"}, "needs tokens_per_expert_ratio, got None"),
         ({"tokens_per_expert_ratio": 0.0}, "must be a positive number, got 0.0"),
         ({"algorithm": "dense", "tokens_per_expert_ratio": 2.0}, "'dense' computes every chosen"),
+        ({"router": Router(num_groups=4)}, "num_groups=4 must divide the number of experts 6"),
         ({"overflow": "spill"}, "overflow must be 'reroute' or 'drop', got 'spill'"),
     ],
 )
@@ -226,8 +227,11 @@ def test_refuses(parts):
         layer_of(parts)(jnp.ones((3, HIDDEN + 1)))
     with pytest.raises(ValueError, match="x needs at least two axes"):
         layer_of(parts)(jnp.ones(HIDDEN))
-    wrong = MoE(
-        experts.ours(), f32(weight, "expert", "d"), f32(bias[:3], "expert"), experts_per_token=K
-    )
-    with pytest.raises(ValueError, match="axis 'expert' has different sizes"):
-        wrong(jnp.ones((3, HIDDEN)))
+    with pytest.raises(ValueError, match="router_bias must be {expert=6}, got {expert=3}"):
+        MoE(
+            experts.ours(), f32(weight, "expert", "d"), f32(bias[:3], "expert"), experts_per_token=K
+        )
+    with pytest.raises(ValueError, match="selection_bias must be {expert=6}, got {expert=3}"):
+        layer_of(parts, selection_bias=f32(bias[:3], "expert"))
+    with pytest.raises(TypeError, match="router must be a Router, got 'linear'"):
+        layer_of(parts, router="linear")

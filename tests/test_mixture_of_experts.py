@@ -290,3 +290,41 @@ def test_transposed_weights_go_by_name_where_sizes_agree(rng):
     a = moe(layer, x, logits, experts_per_token=K)
     b = moe(moved, x, logits, experts_per_token=K)
     close(a.array, b.array)
+
+
+@pytest.mark.parametrize("algorithm", EXACT)
+def test_numpy_arrays_and_lists_are_taken(ours, x, logits, algorithm):
+    expected = moe(
+        ours, jnp.asarray(x), jnp.asarray(logits), experts_per_token=K, algorithm=algorithm
+    )
+    options = {"experts_per_token": K, "algorithm": algorithm}
+    mask = [True] * TOKENS
+    for kind in (np.asarray, np.ndarray.tolist):
+        y = mixture_of_experts(ours, kind(x), kind(logits), token_mask=mask, **options)
+        np.testing.assert_allclose(y, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("algorithm", EXACT)
+def test_integer_weights_are_refused(x, logits, algorithm):
+    weights = [tag(jnp.ones((EXPERTS, n, m), jnp.int8), "expert", "out", "in")
+               for n, m in ((4, HIDDEN), (HIDDEN, 4))]  # fmt: skip
+    with pytest.raises(TypeError, match="floats or BlockScaled, got int8"):
+        mixture_of_experts(
+            moe_jax.MLP(*weights), x, logits, experts_per_token=K, algorithm=algorithm
+        )
+
+
+@pytest.mark.parametrize("algorithm", EXACT)
+def test_float64_is_kept(algorithm):
+    rng = np.random.default_rng(0)
+    with jax.enable_x64(True), jax.numpy_dtype_promotion("standard"):
+        experts = TinyExperts.random(rng, EXPERTS, HIDDEN)
+        wide = jax.tree.map(lambda a: a.astype(jnp.float64), experts.ours())
+        x, gating = rng.normal(size=(6, HIDDEN)), np.zeros((6, EXPERTS))
+        y = mixture_of_experts(
+            wide, jnp.asarray(x), jnp.asarray(gating), experts_per_token=EXPERTS,
+            algorithm=algorithm,
+        )  # fmt: skip
+        assert y.dtype == jnp.float64
+        expected = combine(x, *route(gating, EXPERTS, moe_jax.Router()), experts)
+        np.testing.assert_allclose(y, expected, rtol=1e-6, atol=1e-6)

@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from core_oracle import f32, route, scores_of
+from core_oracle import TinyExperts, f32, ratio_for, route, scores_of
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -210,3 +210,57 @@ def test_route_refuses():
         moe_jax.route(logits, 2, selection_bias=f32(np.zeros(5), "expert"))
     with pytest.raises(ValueError, match="axis 's' has different sizes"):
         moe_jax.route(logits, 2, token_mask=tag(jnp.ones(3, bool), "s"))
+
+
+def exact_and_budget(logits, k, **options):
+    """The layer's result by all four algorithms, the budget being large, and their reports."""
+    experts = TinyExperts.random(np.random.default_rng(0), logits.shape[1], 5).ours()
+    x = np.random.default_rng(1).normal(size=(len(logits), 5)).astype(np.float32)
+    found = []
+    for algorithm in ("per_token", "dense", "grouped", "fixed_budget"):
+        y, report = moe_jax.mixture_of_experts(
+            experts, f32(x, "s", "d"), f32(logits, "s", "expert"), experts_per_token=k,
+            algorithm=algorithm, tokens_per_expert_ratio=ratio_for(algorithm, 100.0),
+            with_report=True, **options,
+        )  # fmt: skip
+        found.append((np.asarray(y.array), [int(n) for n in jax.tree.leaves(report)]))
+    return found
+
+
+@pytest.mark.parametrize(
+    "logits, k, options, ids",
+    [
+        # the barred member of the best group is not made up for from another group
+        ([1.0, 2.0, 5.0, -np.inf], 2, {"router": Router(num_groups=2)}, [2, 4]),
+        # a bias cannot lift a barred expert over an open one
+        (
+            [-np.inf, 2.0, 1.0, 0.0],
+            1,
+            {"router": Router("sigmoid", "before_top_k"), "bias": [9.0, 0.0, 0.0, 0.0]},
+            [1],
+        ),
+        # nor does a bias of -inf leave an expert its weight
+        ([3.0, 2.0, 1.0, 0.0], 4, {"bias": [-np.inf, 0.0, 0.0, 0.0]}, [1, 2, 3, 4]),
+        ([-np.inf] * 4, 2, {}, [4, 4]),
+    ],
+)
+def test_barred_experts_are_none_for_every_algorithm(logits, k, options, ids):
+    logits = np.array([logits], np.float32)
+    router = options.get("router", Router())
+    bias = jnp.asarray(options.get("bias", [0.0] * 4))
+    ours = moe_jax.route(f32(logits, "s", "expert"), k, router, selection_bias=tag(bias, "expert"))
+    np.testing.assert_array_equal(ours.ids.array, [ids])
+    assert not np.asarray(ours.weights.array)[0][np.array(ids) == 4].any()
+    (first, counts), *others = exact_and_budget(
+        logits, k, normalization=router, selection_bias=bias
+    )
+    assert counts == [sum(i < 4 for i in ids), 0, 0, int(all(i == 4 for i in ids))]
+    for y, report in others:
+        np.testing.assert_allclose(y, first, atol=5e-5)
+        assert report == counts
+
+
+def test_a_nan_with_its_sign_set_shows_even_among_barred_experts():
+    logits = np.array([[-np.float32(np.nan), -np.inf, -np.inf, -np.inf]], np.float32)
+    for y, _ in exact_and_budget(logits, 1):
+        assert np.isnan(y).all()

@@ -171,8 +171,10 @@ def test_take_refuses(x):
         x.take(tag(array(2), "s"), "a")
     with pytest.raises(ValueError, match=r"repeated axis names \['c'\]"):
         x.take(tag(jnp.array([0]), "c"), "a")
-    with pytest.raises(ValueError, match="axis 's' of {s=0}, which is empty"):
+    with pytest.raises(ValueError, match="index 0 is outside axis .s. of {s=0}"):
         tag(array(0), "s").take(0, "s")
+    with pytest.raises(ValueError, match="axis 's' of {s=0}, which is empty"):
+        tag(array(0), "s").take(tag(jnp.zeros(1, jnp.int32), "t"), "s")
     assert tag(array(0), "s").take(tag(jnp.zeros(0, jnp.int32), "t"), "s").sizes == {"t": 0}
 
 
@@ -344,3 +346,15 @@ def test_partition_refuses():
         x.partition(mesh, {"d": "data"})
     with pytest.raises(ValueError, match="axis 'd' to mesh axis 'nowhere'"):
         x.partition(mesh, {"d": "nowhere"})
+
+
+def test_take_by_a_plain_int_counts_from_the_end_or_refuses():
+    x = tag(jnp.arange(4), "s")
+    assert int(x.take(-1, "s").array) == 3
+    for outside in (4, -5):
+        with pytest.raises(ValueError, match=f"index {outside} is outside axis 's' of {{s=4}}"):
+            x.take(outside, "s")
+
+
+def test_numpy_arrays_become_jax_arrays():
+    assert isinstance(tag(np.zeros(3, np.float32), "s").array, jax.Array)

@@ -94,8 +94,12 @@ def apply_experts(experts: Any, x: Tagged, rows: Rows) -> Tagged:
 
 
 def decoded(weight: Tagged | BlockScaled, dtype: Any) -> Tagged:
-    """The weight as floats of `dtype`."""
-    return weight.dequantize(dtype) if isinstance(weight, BlockScaled) else weight.astype(dtype)
+    """The weight as floats of `dtype`. Raises TypeError where it holds integers."""
+    if isinstance(weight, BlockScaled):
+        return weight.dequantize(dtype)
+    if not jnp.issubdtype(weight.dtype, jnp.floating):
+        raise TypeError(f"weights must be floats or BlockScaled, got {weight.dtype} {weight}")
+    return weight.astype(dtype)
 
 
 def check_experts(experts: Any, expected: int) -> None:

@@ -38,7 +38,7 @@ def grouped_matmul(
         rows: {row, in}, sorted by expert.
         weight: {expert, out, in}.
         group_sizes: int32 {expert}, how many rows each expert has.
-        implementation: `xla`, or None for the best one on this platform.
+        implementation: `xla`, or None to choose; `xla` is the only one so far.
 
     Returns:
         {row, out} with the dtype of `rows`.
@@ -48,7 +48,7 @@ def grouped_matmul(
         TypeError: a dtype is not supported.
     """
     _check(rows, weight, group_sizes)
-    name = implementation or "xla"
+    name = "xla" if implementation is None else implementation
     if name not in _IMPLEMENTATIONS:
         raise ValueError(
             f"implementation must be one of {sorted(_IMPLEMENTATIONS)} or None, got {name!r}"
@@ -71,5 +71,7 @@ def _check(rows: Tagged, weight: Tagged | BlockScaled, group_sizes: Tagged) -> N
         )
     if not jnp.issubdtype(rows.dtype, jnp.floating):
         raise TypeError(f"rows must be floats, got {rows.dtype}")
+    if isinstance(weight, Tagged) and not jnp.issubdtype(weight.dtype, jnp.floating):
+        raise TypeError(f"weight must be floats or BlockScaled, got {weight.dtype} {weight}")
     if not jnp.issubdtype(group_sizes.dtype, jnp.integer):
         raise TypeError(f"group_sizes must be integers, got {group_sizes.dtype}")

@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from moe_jax.dtypes import accumulator
 from moe_jax.quantization.mxfp4 import BlockScaled
 from moe_jax.tagged import Tagged
 
@@ -121,10 +122,15 @@ def _multiply(x: jax.Array, weight: Tagged | BlockScaled, blocks: Blocks, over: 
     other = "out" if over == "in" else "in"
     x_blocks = to_blocks(x, blocks)
     count, size, _ = x_blocks.shape
+    wide = accumulator(x.dtype)
 
     def step(i: jax.Array, result: jax.Array) -> jax.Array:
         one = expert_weight(weight, blocks.expert[i], x.dtype)
-        product = jnp.dot(x_blocks[i], one.untag(over, other), preferred_element_type=jnp.float32)
+        product = jnp.dot(
+            x_blocks[i],
+            one.untag(over, other),
+            preferred_element_type=wide,
+        )
         return result.at[i].set(product.astype(x.dtype))
 
     result = jnp.zeros((count, size, weight.size(other)), x.dtype)
@@ -134,12 +140,17 @@ def _multiply(x: jax.Array, weight: Tagged | BlockScaled, blocks: Blocks, over: 
 def _outer_products(gradient: jax.Array, x: jax.Array, weight: Tagged, blocks: Blocks) -> Tagged:
     """The gradient of the weight {expert, out, in}: sums of outer products over each group."""
     gradient_blocks, x_blocks = to_blocks(gradient, blocks), to_blocks(x, blocks)
+    wide = accumulator(x.dtype)
 
     def step(i: jax.Array, total: jax.Array) -> jax.Array:
-        product = jnp.dot(gradient_blocks[i].T, x_blocks[i], preferred_element_type=jnp.float32)
+        product = jnp.dot(
+            gradient_blocks[i].T,
+            x_blocks[i],
+            preferred_element_type=wide,
+        )
         return total.at[blocks.expert[i]].add(product)
 
-    total = jnp.zeros(weight.untag("expert", "out", "in").shape, jnp.float32)
+    total = jnp.zeros(weight.shape, wide)
     total = lax.fori_loop(0, blocks.used, step, total)
     return Tagged(total.astype(weight.dtype), ("expert", "out", "in"))
 
