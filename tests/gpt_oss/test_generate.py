@@ -62,7 +62,13 @@ def command(checkpoint, scripted):
 
 
 class Terminal(io.StringIO):
-    """A stream that says it is a terminal."""
+    """A stream that says it is a terminal; `replace` puts it in the place of one of `sys`."""
+
+    @classmethod
+    def replace(cls, monkeypatch, name):
+        terminal = cls()
+        monkeypatch.setattr(sys, name, terminal)
+        return terminal
 
     def isatty(self):
         return True
@@ -93,30 +99,30 @@ def test_reasoning_can_be_hidden(command, capsys):
 
 
 def test_reasoning_is_dimmed_on_a_terminal_only(command, monkeypatch):
-    monkeypatch.setattr(sys, "stderr", Terminal())
+    shown = Terminal.replace(monkeypatch, "stderr")
     assert command("-p", "Hi", "--no-progress", replies=[REPLY + "Yes.<|return|>"]) == 0
-    assert "\n\033[2mHm.\033[22m\nload " in sys.stderr.getvalue()
+    assert "\n\033[2mHm.\033[22m\nload " in shown.getvalue()
 
 
 def test_reasoning_is_not_dimmed_where_colors_are_off(command, monkeypatch):
-    monkeypatch.setattr(sys, "stderr", Terminal())
+    shown = Terminal.replace(monkeypatch, "stderr")
     monkeypatch.setenv("NO_COLOR", "1")
     assert command("-p", "Hi", "--no-progress", replies=[REPLY + "Yes.<|return|>"]) == 0
-    assert "\nHm.\nload " in sys.stderr.getvalue()
+    assert "\nHm.\nload " in shown.getvalue()
 
 
 def test_control_characters_do_not_reach_a_terminal(command, monkeypatch, capsys):
     reply = "<|channel|>final<|message|>a\x1b[2J\tb\x07\r\x9b1m\x7f<|return|>"
     assert command("-p", "Hi", replies=[reply]) == 0
     assert capsys.readouterr().out == "a\x1b[2J\tb\x07\r\x9b1m\x7f\n"
-    monkeypatch.setattr(sys, "stdout", Terminal())
+    shown = Terminal.replace(monkeypatch, "stdout")
     assert command("-p", "Hi", replies=[reply]) == 0
     replaced = "a\ufffd[2J\tb\ufffd\ufffd\ufffd1m\ufffd\n"
-    assert sys.stdout.getvalue() == replaced
-    monkeypatch.setattr(sys, "stderr", Terminal())
+    assert shown.getvalue() == replaced
+    shown = Terminal.replace(monkeypatch, "stderr")
     thought = reply.replace("final", "analysis")
     assert command("-p", "Hi", "--no-progress", replies=[thought]) == 0
-    assert replaced.replace("\n", "\033[22m\n") in sys.stderr.getvalue()
+    assert replaced.replace("\n", "\033[22m\n") in shown.getvalue()
 
 
 def test_lines_of_json_have_no_control_characters_and_lose_none(command, capsys):
@@ -435,10 +441,10 @@ def test_a_device_that_is_not_there_is_one_line(command, capsys, monkeypatch, er
 
 
 def test_an_error_during_an_answer_leaves_the_terminal_plain(command, monkeypatch):
-    monkeypatch.setattr(sys, "stderr", Terminal())
+    shown = Terminal.replace(monkeypatch, "stderr")
     monkeypatch.setattr("gpt_oss.session.Reply.__iter__", broken_reply)
     assert command("-p", "Hi", "--no-progress", replies=[REPLY]) == 1
-    assert "\033[2mHm\033[22m\ngenerate.py: out of memory" in sys.stderr.getvalue()
+    assert "\033[2mHm\033[22m\ngenerate.py: out of memory" in shown.getvalue()
 
 
 def broken_reply(reply):
@@ -620,11 +626,17 @@ class Typist:
     def type(self, text):
         os.write(self._screen, text.encode())
 
+    def press_ctrl_c(self):
+        # Python's input() misses one between what it has shown and its wait for a key; and a line
+        # that was typed must have been taken.
+        time.sleep(0.5)
+        self.type("\x03")
+
     def wait_for(self, text):
         """Reads the screen up to `text`."""
         shown = b""
         while text.encode() not in shown:
-            ready, _, _ = select.select([self._screen], [], [], 60)
+            ready, _, _ = select.select([self._screen], [], [], 30)
             assert ready, f"expected {text!r}, got {shown!r}"
             shown += os.read(self._screen, 1)
 
@@ -643,15 +655,14 @@ def test_ctrl_c_on_a_terminal_ends_the_answer_then_the_line_then_the_chat(checkp
         typist.wait_for("> ")
         typist.type("Hi\n")
         typist.wait_for("Hi\r\n")
-        time.sleep(0.2)  # the line is taken, the programs are being compiled
-        typist.type("\x03")
+        typist.press_ctrl_c()
         typist.wait_for("interrupted")
         typist.wait_for("> ")
         typist.type("half a line")
         typist.wait_for("half a line")
-        typist.type("\x03")
+        typist.press_ctrl_c()
         typist.wait_for("> ")
-        typist.type("\x03")
+        typist.press_ctrl_c()
         assert typist.process.wait(timeout=60) == 130
 
 
