@@ -33,8 +33,8 @@ SUBFOLDERS = ("*/*",)
 """Files that are downloaded, and those among them that are not."""
 
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9][\w.-]{0,95}", re.ASCII)
-_STATUS = re.compile(r"\d+ (Client|Server) Error\. (\(Request ID: [^)]*\) )?")
-_SENTENCE_END = re.compile(r"(?<=[.!?]) (?=[A-Z(])")
+_STATUS = re.compile(r"\d+ (Client|Server) Error\.\s+(\(Request ID: [^)]*\)\s+)?")
+_SENTENCE_END = re.compile(r"((?<=[.!?])\s+|\s*\n\s*)(?=[A-Z(])")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -229,9 +229,9 @@ def _fetch(repository: str, revision: str, patterns: Sequence[str]) -> Path:
 
 def _reason(error: Exception) -> str:
     """The first sentence of an error's message that says more than the status of HTTP."""
-    text = _STATUS.sub("", " ".join(str(error).split()))
-    sentence = _SENTENCE_END.split(text, maxsplit=1)[0].rstrip(".")
-    return sentence[:300] or type(error).__name__
+    text = _STATUS.sub("", str(error).strip())
+    sentence = " ".join(_SENTENCE_END.split(text, maxsplit=1)[0].split())
+    return sentence.rstrip(".")[:300] or type(error).__name__
 
 
 def _check_config(repository: str, folder: Path) -> None:

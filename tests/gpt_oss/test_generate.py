@@ -468,9 +468,10 @@ def test_a_package_of_the_program_that_is_missing_is_one_line(command, capsys, m
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
 def test_a_full_disk_is_one_line(checkpoint):
+    flags = ["--raw", "-p", "Hi", "--ignore-eos", "--max-tokens", "40", "--seed", "1"]
     with open("/dev/full", "w") as full:
         done = subprocess.run(
-            [sys.executable, str(SCRIPT), "--model", str(checkpoint), "--raw", "-p", "Hi"],
+            [sys.executable, str(SCRIPT), "--model", str(checkpoint), *flags],
             stdout=full,
             stderr=subprocess.PIPE,
             text=True,

@@ -306,6 +306,7 @@ def test_weights_without_an_index_are_downloaded(monkeypatch, tmp_path, online):
             "Please make sure you specified the correct repo_id.",
             "Repository Not Found for url: https://h/x",
         ),
+        ("Got: no such host\nAn error happened. Or not.", "Got: no such host"),
         ("", "ConnectionError"),
     ],
 )
