@@ -210,7 +210,7 @@ REFUSED = [
     ({"token_mask": jnp.ones(5, bool)}, ValueError, "axis 's' has different sizes"),
     ({"token_mask": jnp.ones((4, 1), bool)}, ValueError, r"axes \(s\), got shape \(4, 1\)"),
     ({"token_mask": jnp.ones(4)}, TypeError, "token_mask must be bool, got float32"),
-    ({"selection_bias": jnp.ones(5)}, ValueError, "selection_bias must be {expert=6}, got {expert=5}"),
+    ({"selection_bias": jnp.ones(5)}, ValueError, "selection_bias must be {expert=6}, got"),
     ({"selection_bias": jnp.ones((4, 6))}, ValueError, r"shape \(4, 6\) needs 2 tags, got 1"),
     (
         {"normalization": Router(num_groups=6), "experts_per_token": 2},
