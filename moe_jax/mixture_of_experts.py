@@ -6,14 +6,14 @@
 result is of the same kind as `x`.
 """
 
-from typing import Any, Literal, overload
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 
 from moe_jax import dispatch
 from moe_jax.call import Call
-from moe_jax.dispatch import ALGORITHMS, DispatchReport, Overflow
+from moe_jax.dispatch import ALGORITHMS, Overflow
 from moe_jax.experts.base import check_experts
 from moe_jax.routing import (
     LINEAR_ROUTER,
@@ -32,36 +32,6 @@ type Normalization = Literal["softmax", "linear"] | Router
 _NORMALIZATIONS = {"softmax": Router(), "linear": LINEAR_ROUTER}
 
 
-@overload
-def mixture_of_experts(
-    experts: Any,
-    x: Any,
-    gating: Any,
-    *,
-    experts_per_token: int,
-    normalization: Normalization = "softmax",
-    tokens_per_expert_ratio: float | None = None,
-    algorithm: AlgorithmChoice = "auto",
-    token_mask: Any = None,
-    selection_bias: Any = None,
-    overflow: Overflow = "reroute",
-    with_report: Literal[False] = False,
-) -> Any: ...
-@overload
-def mixture_of_experts(
-    experts: Any,
-    x: Any,
-    gating: Any,
-    *,
-    experts_per_token: int,
-    normalization: Normalization = "softmax",
-    tokens_per_expert_ratio: float | None = None,
-    algorithm: AlgorithmChoice = "auto",
-    token_mask: Any = None,
-    selection_bias: Any = None,
-    overflow: Overflow = "reroute",
-    with_report: Literal[True],
-) -> tuple[Any, DispatchReport]: ...
 def mixture_of_experts(
     experts: Any,
     x: Any,
