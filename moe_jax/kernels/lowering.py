@@ -1,0 +1,126 @@
+"""Operations whose backend is decided at lowering, by the platform they are lowered for.
+
+Which device a function will run on is not known while it is traced: the same jaxpr may be lowered
+for several. So an operation with a kernel for CUDA is a primitive, whose shapes are those of its
+definition in XLA, and which becomes the kernel, or the definition, when it is lowered.
+
+The primitive has no derivative: wrap calls in `jax.custom_vjp`.
+"""
+
+import functools
+import importlib.util
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.extend as jex
+from jax.interpreters import batching, mlir
+
+_INSTALL = "install it with the extra moe_jax[cuda13] or moe_jax[cuda12]"
+
+
+def per_platform(
+    name: str, default: Callable[..., Any], cuda: Callable[..., Any]
+) -> Callable[..., Any]:
+    """Makes an operation that is `cuda` where it is lowered for CUDA, and `default` elsewhere.
+
+    Args:
+        name: what jaxprs call the operation.
+        default: (*arrays, **static) -> a pytree of arrays. Defines shapes and dtypes, too.
+        cuda: the same function for NVIDIA GPUs. It is called only while lowering for CUDA, with
+            jax-triton installed, and so may import what only such a machine has.
+
+    Returns:
+        A function (*arrays, implementation=None, **static). Static arguments are hashable.
+        `implementation` is None, or "triton" where `default` must not take the place of `cuda`.
+        Under `jax.vmap` it works on one batch element after the other.
+
+    Raises:
+        ValueError: on lowering `implementation="triton"` for another platform than CUDA.
+        ImportError: on lowering `implementation="triton"` for CUDA without jax-triton.
+    """
+    primitive = jex.core.Primitive(f"moe_jax_{name}")
+    primitive.multiple_results = True
+
+    def operation(*arrays: Any, implementation: str | None = None, **static: Any) -> Any:
+        shapes = jax.eval_shape(functools.partial(default, **static), *arrays)
+        results = primitive.bind(*arrays, implementation=implementation, **static)
+        return jax.tree.unflatten(jax.tree.structure(shapes), results)
+
+    def flat(function: Callable[..., Any]) -> Callable[..., list[jax.Array]]:
+        return lambda *arrays, **static: jax.tree.leaves(function(*arrays, **static))
+
+    def evaluate(*avals: Any, implementation: str | None, **static: Any) -> list[Any]:
+        del implementation
+        shapes = jax.make_jaxpr(functools.partial(default, **static))(*avals)
+        return list(shapes.out_avals)
+
+    @functools.cache
+    def compiled(**params: Any) -> Callable[..., list[jax.Array]]:
+        return jax.jit(functools.partial(primitive.bind, **params))
+
+    def batched(arrays: Any, axes: Any, **params: Any) -> tuple[Any, Any]:
+        return _one_after_the_other(functools.partial(primitive.bind, **params), arrays, axes)
+
+    lower_default = mlir.lower_fun(flat(default), multiple_results=True)
+    lower_cuda = mlir.lower_fun(flat(cuda), multiple_results=True)
+
+    def on_cuda(context: Any, *values: Any, implementation: str | None, **static: Any) -> Any:
+        lower = lower_cuda if _has_jax_triton(name, implementation) else lower_default
+        return lower(context, *values, **static)
+
+    def elsewhere(context: Any, *values: Any, implementation: str | None, **static: Any) -> Any:
+        if implementation == "triton":
+            raise ValueError(
+                f"{name} with implementation='triton' needs an NVIDIA GPU, but is lowered for "
+                f"{' and '.join(map(repr, context.module_context.platforms))}: "
+                "use implementation=None or 'xla'"
+            )
+        return lower_default(context, *values, **static)
+
+    primitive.def_abstract_eval(evaluate)
+    primitive.def_impl(lambda *arrays, **params: compiled(**params)(*arrays))
+    batching.primitive_batchers[primitive] = batched
+    mlir.register_lowering(primitive, elsewhere)
+    mlir.register_lowering(primitive, on_cuda, platform="cuda")
+    return operation
+
+
+def cuda_capability() -> int:
+    """The compute capability of the GPU, 90 for 9.0. Call it only while lowering for CUDA."""
+    major, minor = jax.local_devices(backend="cuda")[0].compute_capability.split(".")
+    return 10 * int(major) + int(minor)
+
+
+def _has_jax_triton(name: str, implementation: str | None) -> bool:
+    """Whether the kernel can be lowered for CUDA. Raises ImportError where it must and cannot."""
+    if importlib.util.find_spec("jax_triton") is not None:
+        return True
+    if implementation == "triton":
+        raise ImportError(f"{name} with implementation='triton' needs jax-triton: {_INSTALL}")
+    _warn_once(f"{name} runs in XLA, slower than its kernel, which needs jax-triton: {_INSTALL}")
+    return False
+
+
+@functools.cache
+def _warn_once(message: str) -> None:
+    warnings.warn(message, UserWarning, stacklevel=2)
+
+
+def _one_after_the_other(
+    function: Callable[..., list[jax.Array]], arrays: Any, axes: Any
+) -> tuple[list[jax.Array], list[int]]:
+    """The batching rule: a loop, with operands that are not batched left as they are."""
+    moved = [
+        array if axis is None else jax.numpy.moveaxis(array, axis, 0)
+        for array, axis in zip(arrays, axes, strict=True)
+    ]
+    is_batched = [axis is not None for axis in axes]
+
+    def one(own: list[jax.Array]) -> list[jax.Array]:
+        rest = iter(own)
+        return function(*(next(rest) if b else a for a, b in zip(moved, is_batched, strict=True)))
+
+    results = jax.lax.map(one, [a for a, b in zip(moved, is_batched, strict=True) if b])
+    return results, [0] * len(results)
