@@ -13,7 +13,12 @@ from moe_jax import BlockScaled, Tagged, tag
 from moe_jax.kernels.grouped_matmul import grouped_matmul
 from moe_jax.kernels.grouped_matmul.reference import choose_block_size, plan_blocks
 
-IMPLEMENTATIONS = [pytest.param("xla", id="xla")]
+NEEDS_GPU = pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an NVIDIA GPU")
+IMPLEMENTATIONS = [
+    pytest.param("xla", id="xla"),
+    pytest.param(None, id="by_platform"),
+    pytest.param("triton", id="triton", marks=NEEDS_GPU),
+]
 WEIGHTS = {"float32": 1e-5, "bfloat16": 1.5e-2, "mxfp4": 1e-5, "mxfp4_bfloat16": 1.5e-2}
 """Weight kinds, and the error allowed relative to the largest value."""
 FLOATS = ["float32", "bfloat16"]
@@ -34,7 +39,7 @@ GROUPS = {
 
 
 @pytest.fixture(params=IMPLEMENTATIONS)
-def implementation(request) -> str:
+def implementation(request) -> str | None:
     return request.param
 
 
@@ -70,7 +75,7 @@ def close(ours, expected: np.ndarray, kind: str) -> None:
     np.testing.assert_allclose(np.asarray(ours, np.float64), expected, rtol=0, atol=tolerance)
 
 
-def multiply(rows: jax.Array, weight, sizes, implementation: str) -> Tagged:
+def multiply(rows: jax.Array, weight, sizes, implementation: str | None) -> Tagged:
     group_sizes = tag(jnp.asarray(sizes, jnp.int32), "expert")
     return grouped_matmul(
         tag(rows, "row", "in"), weight, group_sizes, implementation=implementation

@@ -121,8 +121,8 @@ class HostTensor:
         self.array = array
 
     @property
-    def dtype(self) -> str:
-        return str(self._array.dtype)
+    def dtype(self) -> np.dtype:
+        return self._array.dtype
 
     @property
     def _array(self) -> np.ndarray:

@@ -12,17 +12,15 @@ Shapes are static, the contents of `group_sizes` are not: experts without rows, 
 expert, and no rows at all are valid. Gradients reach `rows`, and `weight` where it is floats.
 """
 
-from typing import Literal
+from typing import Literal, get_args
 
 import jax.numpy as jnp
 
-from moe_jax.kernels.grouped_matmul import reference
+from moe_jax.kernels.grouped_matmul import floats, reference
 from moe_jax.quantization.mxfp4 import BlockScaled
 from moe_jax.tagged import Tagged
 
-type Implementation = Literal["xla"]
-
-_IMPLEMENTATIONS = {"xla": reference.grouped_matmul}
+type Implementation = Literal["xla", "triton"]
 
 
 def grouped_matmul(
@@ -38,25 +36,61 @@ def grouped_matmul(
         rows: {row, in}, sorted by expert.
         weight: {expert, out, in}.
         group_sizes: int32 {expert}, how many rows each expert has.
-        implementation: `xla`, or None to choose; `xla` is the only one so far.
+        implementation: `xla`; `triton`, for NVIDIA GPUs; or None, which decides when the function
+            is lowered, by the platform it is lowered for.
 
     Returns:
         {row, out} with the dtype of `rows`.
 
     Raises:
-        ValueError: axes or sizes do not fit, or the implementation is unknown.
+        ValueError: axes or sizes do not fit, or the implementation is unknown; on lowering, it is
+            `triton` and the platform has no NVIDIA GPU.
         TypeError: a dtype is not supported.
+        ImportError: on lowering, the implementation is `triton` and jax-triton is not installed.
     """
-    _check(rows, weight, group_sizes)
-    name = "xla" if implementation is None else implementation
-    if name not in _IMPLEMENTATIONS:
+    _check(rows, weight, group_sizes, implementation)
+    if implementation == "xla" or not rows.size("row"):
+        return reference.grouped_matmul(rows, weight, group_sizes)
+    if isinstance(weight, BlockScaled):
+        return _multiply_packed(rows, weight, group_sizes, implementation)
+    return _multiply_floats(rows, weight, group_sizes, implementation)
+
+
+def _multiply_floats(
+    rows: Tagged, weight: Tagged, group_sizes: Tagged, implementation: Implementation | None
+) -> Tagged:
+    if rows.dtype.name not in floats.DTYPES:
+        # float64, and whatever else only XLA multiplies
+        return reference.grouped_matmul(rows, weight, group_sizes)
+    result = floats.multiply(
+        rows.untag("row", "in"),
+        weight.untag("expert", "out", "in"),
+        group_sizes.array.astype(jnp.int32),
+        implementation,
+    )
+    return Tagged(result, ("row", "out"))
+
+
+def _multiply_packed(
+    rows: Tagged, weight: BlockScaled, group_sizes: Tagged, implementation: Implementation | None
+) -> Tagged:
+    """The kernel takes floats: forced to it, all experts are decoded first."""
+    if implementation is None:
+        return reference.grouped_matmul(rows, weight, group_sizes)
+    return _multiply_floats(rows, weight.dequantize(rows.dtype), group_sizes, implementation)
+
+
+def _check(
+    rows: Tagged,
+    weight: Tagged | BlockScaled,
+    group_sizes: Tagged,
+    implementation: Implementation | None,
+) -> None:
+    known = get_args(Implementation.__value__)
+    if implementation is not None and implementation not in known:
         raise ValueError(
-            f"implementation must be one of {sorted(_IMPLEMENTATIONS)} or None, got {name!r}"
+            f"implementation must be one of {sorted(known)} or None, got {implementation!r}"
         )
-    return _IMPLEMENTATIONS[name](rows, weight, group_sizes)
-
-
-def _check(rows: Tagged, weight: Tagged | BlockScaled, group_sizes: Tagged) -> None:
     if set(rows.axes) != {"row", "in"}:
         raise ValueError(f"rows must have the axes {{row, in}}, got {rows}")
     if set(weight.axes) != {"expert", "out", "in"}:
@@ -75,3 +109,7 @@ def _check(rows: Tagged, weight: Tagged | BlockScaled, group_sizes: Tagged) -> N
         raise TypeError(f"weight must be floats or BlockScaled, got {weight.dtype} {weight}")
     if not jnp.issubdtype(group_sizes.dtype, jnp.integer):
         raise TypeError(f"group_sizes must be integers, got {group_sizes.dtype}")
+    if implementation == "triton" and rows.dtype.name not in floats.DTYPES:
+        raise TypeError(
+            f"implementation='triton' takes rows of {', '.join(floats.DTYPES)}, got {rows.dtype}"
+        )

@@ -96,19 +96,20 @@ def _grouped_matmul(
     x: jax.Array, weight: Tagged | BlockScaled, group_sizes: jax.Array
 ) -> jax.Array:
     blocks = plan_blocks(group_sizes, x.shape[0])
-    return _multiply(x, weight, blocks, over="in")
+    return multiply(x, weight, blocks, over="in")
 
 
 def _forward(x: jax.Array, weight: Tagged | BlockScaled, group_sizes: jax.Array) -> Any:
     blocks = plan_blocks(group_sizes, x.shape[0])
-    return _multiply(x, weight, blocks, over="in"), (x, weight, blocks, group_sizes)
+    return multiply(x, weight, blocks, over="in"), (x, weight, blocks, group_sizes)
 
 
 def _backward(saved: Any, gradient: jax.Array) -> Any:
     x, weight, blocks, group_sizes = saved
-    x_gradient = _multiply(gradient, weight, blocks, over="out")
+    x_gradient = multiply(gradient, weight, blocks, over="out")
     if isinstance(weight, Tagged):
-        weight_gradient = _outer_products(gradient, x, weight, blocks)
+        array = outer_products(gradient, x, group_sizes.shape[0], weight.dtype, blocks)
+        weight_gradient = Tagged(array, ("expert", "out", "in"))
     else:
         weight_gradient = jax.tree.map(_no_gradient, weight)
     return x_gradient, weight_gradient, _no_gradient(group_sizes)
@@ -117,8 +118,8 @@ def _backward(saved: Any, gradient: jax.Array) -> Any:
 _grouped_matmul.defvjp(_forward, _backward)
 
 
-def _multiply(x: jax.Array, weight: Tagged | BlockScaled, blocks: Blocks, over: str) -> jax.Array:
-    """Sums over `over`: [rows, over] -> [rows, the weight's other axis]."""
+def multiply(x: jax.Array, weight: Tagged | BlockScaled, blocks: Blocks, over: str) -> jax.Array:
+    """Sums over `over`, `in` or `out`: [rows, over] -> [rows, the weight's other axis]."""
     other = "out" if over == "in" else "in"
     x_blocks = to_blocks(x, blocks)
     count, size, _ = x_blocks.shape
@@ -137,8 +138,10 @@ def _multiply(x: jax.Array, weight: Tagged | BlockScaled, blocks: Blocks, over: 
     return from_blocks(lax.fori_loop(0, blocks.used, step, result), blocks)
 
 
-def _outer_products(gradient: jax.Array, x: jax.Array, weight: Tagged, blocks: Blocks) -> Tagged:
-    """The gradient of the weight {expert, out, in}: sums of outer products over each group."""
+def outer_products(
+    gradient: jax.Array, x: jax.Array, num_experts: int, dtype: Any, blocks: Blocks
+) -> jax.Array:
+    """[rows, out], [rows, in] -> [experts, out, in]: sums of outer products over each group."""
     gradient_blocks, x_blocks = to_blocks(gradient, blocks), to_blocks(x, blocks)
     wide = accumulator(x.dtype)
 
@@ -150,9 +153,8 @@ def _outer_products(gradient: jax.Array, x: jax.Array, weight: Tagged, blocks: B
         )
         return total.at[blocks.expert[i]].add(product)
 
-    total = jnp.zeros(weight.shape, wide)
-    total = lax.fori_loop(0, blocks.used, step, total)
-    return Tagged(total.astype(weight.dtype), ("expert", "out", "in"))
+    total = jnp.zeros((num_experts, gradient.shape[1], x.shape[1]), wide)
+    return lax.fori_loop(0, blocks.used, step, total).astype(dtype)
 
 
 def expert_weight(weight: Tagged | BlockScaled, expert: Any, dtype: Any) -> Tagged:
