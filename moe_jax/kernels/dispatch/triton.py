@@ -1,0 +1,159 @@
+"""The Triton kernels as functions of JAX arrays; see `api` for what they compute.
+
+They are called while lowering for CUDA, and only then import Triton.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from moe_jax.kernels.dispatch.blocks import (
+    SortBlocks,
+    combine_blocks,
+    count_bits,
+    place_blocks,
+    sort_blocks,
+)
+from moe_jax.kernels.dispatch.pairs import RoutedPairs, SortedPairs
+
+
+def route_pairs(
+    logits: jax.Array, token_mask: jax.Array | None = None, *, experts_per_token: int
+) -> RoutedPairs:
+    """See `api`."""
+    from moe_jax.kernels.dispatch import triton_sort as kernels
+
+    (num_tokens, num_experts), k = logits.shape, experts_per_token
+    num_pairs = num_tokens * k
+    ids, weight = _int32(num_tokens, k), _type((num_pairs,), jnp.float32)
+    if not num_tokens:
+        return RoutedPairs(*_zeros(ids, weight, _int32(0), _int32(num_experts)))
+    blocks = sort_blocks(num_tokens, num_experts, k)
+    options = _options(blocks, num_experts, k)
+    arguments = (logits, logits if token_mask is None else token_mask, num_tokens)
+    options["BITS"] = count_bits(blocks.tokens)  # a token names an expert at most once
+    options["HAS_MASK"] = token_mask is not None
+    if blocks.chunks == 1:
+        return _call(
+            kernels.route_once,
+            *arguments,
+            out_type=RoutedPairs(ids, weight, _int32(num_pairs), _int32(num_experts)),
+            grid=(1,),
+            **options,
+        )
+    chosen, weights, rank, counts = _call(
+        kernels.route_chunk,
+        *arguments,
+        out_type=(ids, weight, _int32(num_pairs), _int32(blocks.chunks, num_experts)),
+        grid=(blocks.chunks,),
+        TILES=blocks.tiles,
+        **options,
+    )
+    return RoutedPairs(chosen, weights, *_place(chosen, rank, counts, blocks))
+
+
+def sort_pairs(ids: jax.Array, *, num_experts: int) -> SortedPairs:
+    """See `api`."""
+    from moe_jax.kernels.dispatch import triton_sort as kernels
+
+    num_tokens, k = ids.shape
+    if not num_tokens:
+        return SortedPairs(*_zeros(_int32(0), _int32(num_experts)))
+    blocks = sort_blocks(num_tokens, num_experts, k)
+    options = _options(blocks, num_experts, k)
+    if blocks.chunks == 1:
+        return _call(
+            kernels.sort_once,
+            ids,
+            num_tokens,
+            out_type=SortedPairs(_int32(num_tokens * k), _int32(num_experts)),
+            grid=(1,),
+            **options,
+        )
+    rank, counts = _call(
+        kernels.sort_chunk,
+        ids,
+        num_tokens,
+        out_type=(_int32(num_tokens * k), _int32(blocks.chunks, num_experts)),
+        grid=(blocks.chunks,),
+        TILES=blocks.tiles,
+        **options,
+    )
+    return _place(ids, rank, counts, blocks)
+
+
+def combine_pairs(y: jax.Array, ids: jax.Array, *, num_experts: int, dtype: Any) -> jax.Array:
+    """See `api`."""
+    from moe_jax.kernels.dispatch import triton_combine as kernels
+
+    (num_tokens, k), size = ids.shape, y.shape[1]
+    out = _type((num_tokens, size), dtype)
+    if not num_tokens or not size:
+        return _zeros(out)[0]
+    blocks = combine_blocks(size, y.dtype.itemsize)
+    return _call(
+        kernels.combine_pairs,
+        y,
+        ids,
+        out_type=out,
+        grid=(num_tokens, -(-size // blocks.columns)),
+        num_warps=blocks.num_warps,
+        D=size,
+        E=num_experts,
+        K=k,
+        BLOCK_D=blocks.columns,
+    )
+
+
+def _place(ids: jax.Array, rank: jax.Array, counts: jax.Array, blocks: SortBlocks) -> SortedPairs:
+    from moe_jax.kernels.dispatch import triton_sort as kernels
+
+    k, num_experts = ids.shape[1], counts.shape[1]
+    steps = place_blocks(blocks, k)
+    return _call(
+        kernels.place_pairs,
+        ids,
+        rank,
+        counts,
+        ids.size,
+        blocks.chunks,
+        out_type=SortedPairs(_int32(ids.size), _int32(num_experts)),
+        grid=(blocks.chunks,),
+        num_warps=steps.num_warps,
+        E=num_experts,
+        CHUNK_PAIRS=blocks.tokens * blocks.tiles * k,
+        BLOCK_P=steps.pairs,
+        BLOCK_C=steps.chunks,
+        BLOCK_E=blocks.experts,
+    )
+
+
+def _options(blocks: SortBlocks, num_experts: int, experts_per_token: int) -> dict[str, Any]:
+    return {
+        "num_warps": blocks.num_warps,
+        "E": num_experts,
+        "K": experts_per_token,
+        "BLOCK_T": blocks.tokens,
+        "BLOCK_E": blocks.experts,
+        "BLOCK_K": blocks.pairs,
+        "BITS": count_bits(blocks.tokens * experts_per_token),
+    }
+
+
+def _call(kernel: Any, *arguments: Any, **options: Any) -> Any:
+    import jax_triton
+
+    return jax_triton.triton_call(*arguments, kernel=kernel, **options)
+
+
+def _type(shape: tuple[int, ...], dtype: Any) -> Any:
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def _int32(*shape: int) -> Any:
+    return _type(shape, jnp.int32)
+
+
+def _zeros(*types: jax.ShapeDtypeStruct) -> tuple[jax.Array, ...]:
+    return tuple(jnp.zeros(t.shape, t.dtype) for t in types)

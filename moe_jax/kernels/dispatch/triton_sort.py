@@ -1,0 +1,348 @@
+"""Triton kernels for routing and for the counting sort of (token, expert) pairs.
+
+A tile is [token, expert]. Choosing takes `K` rounds of arg max over experts, on integer keys that
+order floats. Where a token's experts are marked in a tile, the number of marks above one is the
+rank of its pair within the expert: the sort needs no comparison of pairs, and no atomics, so that
+its result is the same each time.
+
+Few tokens take one program. Many are split in chunks: a first kernel ranks pairs within their chunk
+and counts the chunk's pairs for each expert, and `place_pairs` adds what other chunks hold.
+
+This module imports Triton: import it only where a lowering for CUDA needs it.
+"""
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
+# pyright: reportGeneralTypeIssues=false
+# (what kernels are written in looks like Python, but its types are not)
+
+import triton
+import triton.language as tl
+
+_NAN = tl.constexpr(0x7FFFFFFF)
+_MINUS_INF = tl.constexpr(-0x7F800001)
+_TAKEN = tl.constexpr(-0x80000000)
+
+
+@triton.jit
+def _key(x):
+    """int32 in the order of float32 `x`: both zeros are one, and any NaN is above all else."""
+    bits = (x + 0.0).to(tl.int32, bitcast=True)
+    return tl.where(x != x, _NAN, bits ^ ((bits >> 31) & 0x7FFFFFFF))
+
+
+@triton.jit
+def _value(key):
+    """The float32 of a key; of NaN's, a NaN."""
+    return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _choose(
+    logits,
+    token_mask,
+    ids,
+    pair_weight,
+    token,
+    num_tokens,
+    E: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+):
+    """Writes ids and weights of a tile of tokens; returns the ids, int32 [token, BLOCK_K]."""
+    expert = tl.arange(0, BLOCK_E)[None, :]
+    nth = tl.arange(0, BLOCK_K)[None, :]
+    here = token < num_tokens
+    x = tl.load(
+        logits + token[:, None] * E + expert,
+        mask=here[:, None] & (expert < E),
+        other=float("-inf"),
+    )
+    keep = here
+    if HAS_MASK:
+        keep = tl.load(token_mask + token, mask=here, other=0) != 0
+    key = tl.where(expert < E, _key(x.to(tl.float32)), _TAKEN)
+    index = tl.full([token.shape[0], BLOCK_K], E, tl.int32)
+    found = tl.full([token.shape[0], BLOCK_K], _MINUS_INF, tl.int32)
+    for j in tl.static_range(K):
+        best = tl.max(key, 1)[:, None]
+        where = tl.min(tl.where(key == best, expert, BLOCK_E), 1)[:, None]
+        key = tl.where(expert == where, _TAKEN, key)
+        index = tl.where(nth == j, where, index)
+        found = tl.where(nth == j, best, found)
+    top = tl.max(found, 1)[:, None]
+    unknown = top == _NAN
+    valid = keep[:, None] & (nth < K) & ((found > _MINUS_INF) | unknown)
+    gate = tl.where(valid, tl.exp(_value(found) - _value(top)), 0.0)
+    total = tl.sum(gate, 1)[:, None]
+    weight = tl.where(unknown, float("nan"), gate * tl.where(total == 0.0, 0.0, 1.0 / total))
+    weight = tl.where(valid, weight, 0.0)
+    index = tl.where(valid, index, E)
+    pair = token[:, None] * K + nth
+    tl.store(ids + pair, index, mask=here[:, None] & (nth < K))
+    tl.store(pair_weight + pair, weight, mask=here[:, None] & (nth < K))
+    return index
+
+
+@triton.jit
+def _mark(index, j, E: tl.constexpr, BITS: tl.constexpr, WORDS: tl.constexpr):
+    """Where each token's j-th choice is counted: int32 [token, WORDS], 32 / BITS experts a word."""
+    nth = tl.arange(0, index.shape[1])[None, :]
+    word = tl.arange(0, WORDS)[None, :]
+    which = tl.sum(tl.where(nth == j, index, 0), 1)[:, None]
+    one = tl.where((which >= 0) & (which < E), 1, 0) << (which % (32 // BITS) * BITS)
+    return tl.where(word == which // (32 // BITS), one, 0)
+
+
+@triton.jit
+def _rank(
+    index,
+    E: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BITS: tl.constexpr,
+):
+    """Counts a tile's pairs for each expert.
+
+    Returns, for each pair [token, BLOCK_K], the earlier pairs of its expert, and int32 [BLOCK_E],
+    the pairs of each expert. A count must be less than 2**BITS.
+    """
+    PER_WORD: tl.constexpr = 32 // BITS
+    WORDS: tl.constexpr = (BLOCK_E + PER_WORD - 1) // PER_WORD
+    FIELD: tl.constexpr = (1 << BITS) - 1
+    nth = tl.arange(0, index.shape[1])[None, :]
+    marks = _mark(index, 0, E, BITS, WORDS)
+    for j in tl.static_range(1, K):
+        marks += _mark(index, j, E, BITS, WORDS)
+    above = tl.cumsum(marks, 0) - marks
+    rank = tl.zeros(index.shape, tl.int32)
+    for j in tl.static_range(K):
+        mark = _mark(index, j, E, BITS, WORDS)
+        # a pair's word is the one with its mark; a token may name an expert twice
+        word = tl.sum(tl.where(mark != 0, above, 0), 1)[:, None]
+        rank = tl.where(nth == j, (word >> (index % PER_WORD * BITS)) & FIELD, rank)
+        above += mark
+    expert = tl.arange(0, BLOCK_E)
+    sizes = tl.gather(tl.sum(marks, 0), expert // PER_WORD, 0)
+    return rank, (sizes >> (expert % PER_WORD * BITS)) & FIELD
+
+
+@triton.jit
+def _look_up(table, index, valid):
+    """table[index] for the valid entries of a tile, anything for others."""
+    flat = tl.reshape(tl.where(valid, index, 0), [index.shape[0] * index.shape[1]])
+    return tl.reshape(tl.gather(table, flat, 0), index.shape)
+
+
+@triton.jit
+def _sort(
+    index,
+    token,
+    num_tokens,
+    order,
+    group_sizes,
+    E: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BITS: tl.constexpr,
+):
+    """Sorts all pairs in one program: writes order and group sizes."""
+    expert = tl.arange(0, BLOCK_E)
+    nth = tl.arange(0, index.shape[1])[None, :]
+    rank, sizes = _rank(index, E, K, BLOCK_E, BITS)
+    tl.store(group_sizes + expert, sizes, mask=expert < E)
+    here = (token < num_tokens)[:, None] & (nth < K)
+    valid = (index >= 0) & (index < E)
+    place = rank + _look_up(tl.cumsum(sizes, 0) - sizes, index, valid)
+    assigned = tl.sum(sizes, 0)
+    if assigned < num_tokens * K:
+        absent = (here & (valid == 0)).to(tl.int32)
+        lines = tl.sum(absent, 1)
+        earlier = (tl.cumsum(lines, 0) - lines)[:, None] + tl.cumsum(absent, 1) - absent
+        place = tl.where(valid, place, assigned + earlier)
+    tl.store(order + place, token[:, None] * K + nth, mask=here)
+
+
+@triton.jit
+def _rank_tile(
+    index,
+    sizes,
+    token,
+    num_tokens,
+    rank,
+    E: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BITS: tl.constexpr,
+):
+    """Writes the ranks of a tile's pairs, above the `sizes` of earlier tiles; returns new sizes."""
+    nth = tl.arange(0, index.shape[1])[None, :]
+    here = (token < num_tokens)[:, None] & (nth < K)
+    valid = (index >= 0) & (index < E)
+    above, more = _rank(index, E, K, BLOCK_E, BITS)
+    above += _look_up(sizes, index, valid)
+    tl.store(rank + token[:, None] * K + nth, above, mask=here)
+    return sizes + more
+
+
+@triton.jit
+def route_once(
+    logits,
+    token_mask,
+    num_tokens,
+    ids,
+    pair_weight,
+    order,
+    group_sizes,
+    E: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BITS: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+):
+    """Routes up to BLOCK_T tokens in one program: logits [T, E] -> ids, weights, order, sizes."""
+    token = tl.arange(0, BLOCK_T)
+    index = _choose(
+        logits, token_mask, ids, pair_weight, token, num_tokens, E, K, BLOCK_E, BLOCK_K, HAS_MASK
+    )
+    _sort(index, token, num_tokens, order, group_sizes, E, K, BLOCK_E, BITS)
+
+
+@triton.jit
+def route_chunk(
+    logits,
+    token_mask,
+    num_tokens,
+    ids,
+    pair_weight,
+    rank,
+    counts,
+    E: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BITS: tl.constexpr,
+    TILES: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+):
+    """Routes TILES * BLOCK_T tokens; ranks int32 [P] within the chunk, counts int32 [chunks, E]."""
+    chunk = tl.program_id(0)
+    expert = tl.arange(0, BLOCK_E)
+    sizes = tl.zeros([BLOCK_E], tl.int32)
+    for tile in range(TILES):
+        token = (chunk * TILES + tile) * BLOCK_T + tl.arange(0, BLOCK_T)
+        index = _choose(
+            logits,
+            token_mask,
+            ids,
+            pair_weight,
+            token,
+            num_tokens,
+            E,
+            K,
+            BLOCK_E,
+            BLOCK_K,
+            HAS_MASK,
+        )
+        sizes = _rank_tile(index, sizes, token, num_tokens, rank, E, K, BLOCK_E, BITS)
+    tl.store(counts + chunk * E + expert, sizes, mask=expert < E)
+
+
+@triton.jit
+def _load_ids(ids, token, num_tokens, K: tl.constexpr, BLOCK_K: tl.constexpr):
+    nth = tl.arange(0, BLOCK_K)[None, :]
+    here = (token < num_tokens)[:, None] & (nth < K)
+    return tl.load(ids + token[:, None] * K + nth, mask=here, other=-1)
+
+
+@triton.jit
+def sort_once(
+    ids,
+    num_tokens,
+    order,
+    group_sizes,
+    E: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BITS: tl.constexpr,
+):
+    """Sorts the pairs of up to BLOCK_T tokens in one program: ids [T, K] -> order, sizes."""
+    token = tl.arange(0, BLOCK_T)
+    index = _load_ids(ids, token, num_tokens, K, BLOCK_K)
+    _sort(index, token, num_tokens, order, group_sizes, E, K, BLOCK_E, BITS)
+
+
+@triton.jit
+def sort_chunk(
+    ids,
+    num_tokens,
+    rank,
+    counts,
+    E: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BITS: tl.constexpr,
+    TILES: tl.constexpr,
+):
+    """Ranks int32 [P] of the pairs of TILES * BLOCK_T tokens, and counts int32 [chunks, E]."""
+    chunk = tl.program_id(0)
+    expert = tl.arange(0, BLOCK_E)
+    sizes = tl.zeros([BLOCK_E], tl.int32)
+    for tile in range(TILES):
+        token = (chunk * TILES + tile) * BLOCK_T + tl.arange(0, BLOCK_T)
+        index = _load_ids(ids, token, num_tokens, K, BLOCK_K)
+        sizes = _rank_tile(index, sizes, token, num_tokens, rank, E, K, BLOCK_E, BITS)
+    tl.store(counts + chunk * E + expert, sizes, mask=expert < E)
+
+
+@triton.jit
+def place_pairs(
+    ids,
+    rank,
+    counts,
+    num_pairs,
+    num_chunks,
+    order,
+    group_sizes,
+    E: tl.constexpr,
+    CHUNK_PAIRS: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+):
+    """Places a chunk's pairs from their ranks in the chunk and every chunk's counts."""
+    chunk = tl.program_id(0)
+    expert = tl.arange(0, BLOCK_E)
+    before = tl.zeros([BLOCK_E], tl.int32)
+    sizes = tl.zeros([BLOCK_E], tl.int32)
+    for first in range(0, num_chunks, BLOCK_C):
+        other = first + tl.arange(0, BLOCK_C)
+        some = (other < num_chunks)[:, None] & (expert < E)[None, :]
+        tile = tl.load(counts + other[:, None] * E + expert[None, :], mask=some, other=0)
+        sizes += tl.sum(tile, 0)
+        before += tl.sum(tl.where((other < chunk)[:, None], tile, 0), 0)
+    if chunk == 0:
+        tl.store(group_sizes + expert, sizes, mask=expert < E)
+    base = tl.cumsum(sizes, 0) - sizes + before
+    missing = tl.sum(sizes, 0) + chunk * CHUNK_PAIRS - tl.sum(before, 0)
+    for first in range(0, CHUNK_PAIRS, BLOCK_P):
+        within = first + tl.arange(0, BLOCK_P)
+        pair = chunk * CHUNK_PAIRS + within
+        here = (within < CHUNK_PAIRS) & (pair < num_pairs)
+        index = tl.load(ids + pair, mask=here, other=0)
+        above = tl.load(rank + pair, mask=here, other=0)
+        valid = (index >= 0) & (index < E)
+        place = tl.gather(base, tl.where(valid, index, 0), 0) + above
+        tl.store(order + place, pair, mask=here & valid)
+        none = (here & (valid == 0)).to(tl.int32)
+        count = tl.sum(none, 0)
+        if count > 0:
+            tl.store(order + missing + tl.cumsum(none, 0) - none, pair, mask=none != 0)
+            missing += count
