@@ -67,8 +67,17 @@ def write(report: dict, path: Path) -> None:
     """Writes the file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    part.write_text(json.dumps(report, indent=1) + "\n")
+    part.write_text(json.dumps(_without_nan(report), indent=1, allow_nan=False) + "\n")
     part.replace(path)
+
+
+def _without_nan(value: Any) -> Any:
+    """null in the place of what JSON has no numbers for."""
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def plot(report: dict, path: Path) -> str | None:

@@ -172,6 +172,12 @@ def test_table_says_who_is_best_and_by_how_much():
     assert reporting.geometric_mean(REPORT["rows"][2:]) is None
 
 
+def test_file_is_json_even_where_an_error_is_nan(tmp_path):
+    reporting.write({"rows": [{"error": math.nan, "ours_us": 1.5}]}, tmp_path / "new" / "r.json")
+    found = json.loads((tmp_path / "new" / "r.json").read_text(), parse_constant=pytest.fail)
+    assert found == {"rows": [{"error": None, "ours_us": 1.5}]}
+
+
 def test_plot_is_drawn_or_says_what_is_missing(tmp_path):
     path = tmp_path / "folder" / "plot.svg"
     why = reporting.plot(REPORT, path)
