@@ -87,6 +87,26 @@ def per_platform(
     return operation
 
 
+def vary_together(*operands: Any) -> tuple[Any, ...]:
+    """The operands, each a pytree, as values that vary over the same manual axes of `shard_map`.
+
+    A loop wants what it carries to vary as what it adds, and `jax.custom_vjp` wants gradients to
+    vary as its operands. Where an operand did not vary, its gradient becomes the sum over devices.
+    """
+    leaves, treedef = jax.tree.flatten(operands)
+    varying = [jax.typeof(leaf).manual_axis_type.varying for leaf in leaves]
+    axes = frozenset().union(*varying)
+    if not axes:
+        return operands
+    return jax.tree.unflatten(
+        treedef,
+        [
+            jax.lax.pcast(leaf, tuple(sorted(axes - own)), to="varying") if axes - own else leaf
+            for leaf, own in zip(leaves, varying, strict=True)
+        ],
+    )
+
+
 def cuda_capability() -> int:
     """The compute capability of the GPU, 90 for 9.0. Call it only while lowering for CUDA."""
     major, minor = jax.local_devices(backend="cuda")[0].compute_capability.split(".")

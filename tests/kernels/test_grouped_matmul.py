@@ -3,11 +3,14 @@
 A backend joins by its name in IMPLEMENTATIONS, with a mark that skips it where it cannot run.
 """
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from core_oracle import f32, random_mxfp4
+from jax.sharding import PartitionSpec as P
 
 from moe_jax import BlockScaled, Tagged, tag
 from moe_jax.kernels.grouped_matmul import grouped_matmul
@@ -203,6 +206,35 @@ def test_under_vmap(rng, implementation):
     ours = jax.vmap(lambda r, s: multiply(r, weight, s, implementation).array)(rows, sizes)
     for y, r, s in zip(ours, rows, sizes, strict=True):
         close(y, oracle(np.asarray(r), values, owners(6, list(s))), "float32")
+
+
+@pytest.mark.skipif(jax.device_count() < 2, reason="needs two devices")
+@pytest.mark.parametrize("kind", ["float32", "mxfp4"])
+def test_under_shard_map(rng, implementation, kind):
+    """Rows and their sizes on two devices, one weight for both: its gradient is their sum."""
+    weight, values = make_weight(rng, kind, 3)
+    rows = make_rows(rng, kind, 12, values.shape[2])
+    sizes = [[1, 2, 3], [4, 0, 0]]
+    owner = np.concatenate([owners(6, each) for each in sizes])
+    mesh = jax.make_mesh((2,), ("device",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    @jax.jit
+    @functools.partial(
+        jax.shard_map, mesh=mesh, in_specs=(P("device"), P(), P("device")), out_specs=P("device")
+    )
+    def call(rows, weight, sizes):
+        return multiply(rows, weight, sizes, implementation).array
+
+    flat = jnp.asarray(np.concatenate(sizes))
+    close(call(rows, weight, flat), oracle(np.asarray(rows), values, owner), kind)
+    of_rows, of_weight = jax.grad(
+        lambda r, w: call(r, w, flat).sum(), argnums=(0, 1), allow_int=True
+    )(rows, weight)
+    close(of_rows, oracle(np.ones((12, 7)), values.transpose(0, 2, 1), owner), kind)
+    if kind in FLOATS:
+        sums = [np.asarray(rows, np.float64)[owner == e].sum(0) for e in range(3)]
+        expected = np.broadcast_to(np.stack(sums)[:, None], values.shape)
+        close(of_weight.array, expected, kind)
 
 
 ROWS, WEIGHT = f32(np.ones((4, 5)), "row", "in"), f32(np.ones((2, 3, 5)), "expert", "out", "in")

@@ -17,6 +17,7 @@ from typing import Literal, get_args
 import jax.numpy as jnp
 
 from moe_jax.kernels.grouped_matmul import floats, reference
+from moe_jax.kernels.lowering import vary_together
 from moe_jax.quantization.mxfp4 import BlockScaled
 from moe_jax.tagged import Tagged
 
@@ -49,6 +50,7 @@ def grouped_matmul(
         ImportError: on lowering, the implementation is `triton` and jax-triton is not installed.
     """
     _check(rows, weight, group_sizes, implementation)
+    rows, weight, group_sizes = vary_together(rows, weight, group_sizes)
     if implementation == "xla" or not rows.size("row"):
         return reference.grouped_matmul(rows, weight, group_sizes)
     if isinstance(weight, BlockScaled):

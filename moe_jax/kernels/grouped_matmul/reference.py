@@ -87,7 +87,7 @@ def grouped_matmul(rows: Tagged, weight: Tagged | BlockScaled, group_sizes: Tagg
     if isinstance(weight, Tagged):
         weight = weight.order("expert", "out", "in")
     if not rows.size("row"):
-        return Tagged(jnp.zeros((0, weight.size("out")), x.dtype), ("row", "out"))
+        return Tagged(jnp.zeros_like(x, shape=(0, weight.size("out"))), ("row", "out"))
     return Tagged(_grouped_matmul(x, weight, group_sizes.array), ("row", "out"))
 
 
@@ -134,7 +134,7 @@ def multiply(x: jax.Array, weight: Tagged | BlockScaled, blocks: Blocks, over: s
         )
         return result.at[i].set(product.astype(x.dtype))
 
-    result = jnp.zeros((count, size, weight.size(other)), x.dtype)
+    result = jnp.zeros_like(x_blocks, shape=(count, size, weight.size(other)))
     return from_blocks(lax.fori_loop(0, blocks.used, step, result), blocks)
 
 
@@ -153,7 +153,7 @@ def outer_products(
         )
         return total.at[blocks.expert[i]].add(product)
 
-    total = jnp.zeros((num_experts, gradient.shape[1], x.shape[1]), wide)
+    total = jnp.zeros_like(x, wide, shape=(num_experts, gradient.shape[1], x.shape[1]))
     return lax.fori_loop(0, blocks.used, step, total).astype(dtype)
 
 
