@@ -54,6 +54,7 @@ def compile_calls(monkeypatch, capability, function, *arguments, **static):
     ("num_tokens", "num_experts", "k", "dtype"),
     [
         (1, 32, 4, "float32"),
+        (7, 1, 1, "float32"),
         (16, 20, 3, "bfloat16"),
         (128, 32, 4, "float32"),
         (32, 128, 4, "float32"),

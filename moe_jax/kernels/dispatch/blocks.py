@@ -2,8 +2,9 @@
 
 import dataclasses
 
-_ONE_PROGRAM = 4096
-_TILE = 2048
+_ONE_PROGRAM = 4096  # tokens x experts up to which one program routes all
+_TILE = 2048  # tokens x experts of a tile where there are several programs
+_COUNTS = 16384  # chunks x experts that `place_pairs` reads at once
 _MOST_CHUNKS = 256
 
 
@@ -43,7 +44,7 @@ def sort_blocks(num_tokens: int, num_experts: int, experts_per_token: int) -> So
         pairs=power_of_two(experts_per_token),
         tiles=tiles,
         chunks=chunks,
-        num_warps=max(1, min(8, tokens * experts // 256)),
+        num_warps=max(1, min(8, tokens * experts // 128)),
     )
 
 
@@ -59,8 +60,9 @@ class PlaceBlocks:
 def place_blocks(blocks: SortBlocks, experts_per_token: int) -> PlaceBlocks:
     """The steps of `place_pairs` for pairs that were ranked in `blocks`."""
     pairs = power_of_two(blocks.tokens * blocks.tiles * experts_per_token)
-    chunks = min(power_of_two(blocks.chunks), max(1, _ONE_PROGRAM // blocks.experts))
-    return PlaceBlocks(pairs=min(pairs, 1024), chunks=chunks, num_warps=4)
+    chunks = min(power_of_two(blocks.chunks), max(1, _COUNTS // blocks.experts))
+    num_warps = max(4, min(8, chunks * blocks.experts // 512))
+    return PlaceBlocks(pairs=min(pairs, 1024), chunks=chunks, num_warps=num_warps)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,7 +3,7 @@
 A tile is [token, expert]. Choosing takes `K` rounds of arg max over experts, on integer keys that
 order floats. Where a token's experts are marked in a tile, the number of marks above one is the
 rank of its pair within the expert: the sort needs no comparison of pairs, and no atomics, so that
-its result is the same each time.
+its result is the same each time. The marks are summed several experts to a word.
 
 Few tokens take one program. Many are split in chunks: a first kernel ranks pairs within their chunk
 and counts the chunk's pairs for each expert, and `place_pairs` adds what other chunks hold.
@@ -49,15 +49,15 @@ def _choose(
     BLOCK_K: tl.constexpr,
     HAS_MASK: tl.constexpr,
 ):
-    """Writes ids and weights of a tile of tokens; returns the ids, int32 [token, BLOCK_K]."""
+    """Writes ids and weights of a tile of tokens.
+
+    Returns the ids, int32 [token, BLOCK_K], and the experts they mark, int32 [token, expert].
+    """
     expert = tl.arange(0, BLOCK_E)[None, :]
     nth = tl.arange(0, BLOCK_K)[None, :]
     here = token < num_tokens
-    x = tl.load(
-        logits + token[:, None] * E + expert,
-        mask=here[:, None] & (expert < E),
-        other=float("-inf"),
-    )
+    real = here[:, None] & (expert < E)
+    x = tl.load(logits + token[:, None] * E + expert, mask=real, other=float("-inf"))
     keep = here
     if HAS_MASK:
         keep = tl.load(token_mask + token, mask=here, other=0) != 0
@@ -81,62 +81,60 @@ def _choose(
     pair = token[:, None] * K + nth
     tl.store(ids + pair, index, mask=here[:, None] & (nth < K))
     tl.store(pair_weight + pair, weight, mask=here[:, None] & (nth < K))
-    return index
+    barred = (_key(x.to(tl.float32)) <= _MINUS_INF) & (top != _NAN)
+    marks = (key == _TAKEN) & (expert < E) & keep[:, None] & (barred == 0)
+    return index, marks.to(tl.int32)
 
 
 @triton.jit
-def _mark(index, j, E: tl.constexpr, BITS: tl.constexpr, WORDS: tl.constexpr):
-    """Where each token's j-th choice is counted: int32 [token, WORDS], 32 / BITS experts a word."""
-    nth = tl.arange(0, index.shape[1])[None, :]
-    word = tl.arange(0, WORDS)[None, :]
-    which = tl.sum(tl.where(nth == j, index, 0), 1)[:, None]
-    one = tl.where((which >= 0) & (which < E), 1, 0) << (which % (32 // BITS) * BITS)
-    return tl.where(word == which // (32 // BITS), one, 0)
+def _look_up(table, index):
+    """table[index] of a table [n], in the shape of `index`."""
+    return tl.reshape(tl.gather(table, tl.ravel(index), 0), index.shape)
 
 
 @triton.jit
-def _rank(
-    index,
-    E: tl.constexpr,
-    K: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    BITS: tl.constexpr,
-):
-    """Counts a tile's pairs for each expert.
+def _unpack(words, index, PER_WORD: tl.constexpr, BITS: tl.constexpr):
+    """The counts numbered `index` of counts that lie PER_WORD to a word, BITS each."""
+    word = _look_up(words, (index.to(tl.uint32) // PER_WORD).to(tl.int32))
+    return (word >> (index & (PER_WORD - 1)) * BITS) & (2**BITS - 1)
 
-    Returns, for each pair [token, BLOCK_K], the earlier pairs of its expert, and int32 [BLOCK_E],
-    the pairs of each expert. A count must be less than 2**BITS.
-    """
-    PER_WORD: tl.constexpr = 32 // BITS
-    WORDS: tl.constexpr = (BLOCK_E + PER_WORD - 1) // PER_WORD
-    FIELD: tl.constexpr = (1 << BITS) - 1
+
+@triton.jit
+def _count_named(index, E: tl.constexpr, K: tl.constexpr, BLOCK_E: tl.constexpr):
+    """How often tokens name experts, int32 [token, expert], and how often each pair's expert was
+    named by an earlier pair of the token, int32 [token, BLOCK_K]."""
     nth = tl.arange(0, index.shape[1])[None, :]
-    marks = _mark(index, 0, E, BITS, WORDS)
-    for j in tl.static_range(1, K):
-        marks += _mark(index, j, E, BITS, WORDS)
-    above = tl.cumsum(marks, 0) - marks
-    rank = tl.zeros(index.shape, tl.int32)
+    expert = tl.arange(0, BLOCK_E)[None, :]
+    marks = tl.zeros([index.shape[0], BLOCK_E], tl.int32)
+    again = tl.zeros(index.shape, tl.int32)
     for j in tl.static_range(K):
-        mark = _mark(index, j, E, BITS, WORDS)
-        # a pair's word is the one with its mark; a token may name an expert twice
-        word = tl.sum(tl.where(mark != 0, above, 0), 1)[:, None]
-        rank = tl.where(nth == j, (word >> (index % PER_WORD * BITS)) & FIELD, rank)
-        above += mark
-    expert = tl.arange(0, BLOCK_E)
-    sizes = tl.gather(tl.sum(marks, 0), expert // PER_WORD, 0)
-    return rank, (sizes >> (expert % PER_WORD * BITS)) & FIELD
+        which = tl.sum(tl.where(nth == j, index, 0), 1)[:, None]
+        marks += ((which == expert) & (expert < E)).to(tl.int32)
+        again += ((which == index) & (nth > j)).to(tl.int32)
+    return marks, again
 
 
 @triton.jit
-def _look_up(table, index, valid):
-    """table[index] for the valid entries of a tile, anything for others."""
-    flat = tl.reshape(tl.where(valid, index, 0), [index.shape[0] * index.shape[1]])
-    return tl.reshape(tl.gather(table, flat, 0), index.shape)
+def _rank(marks, index, BITS: tl.constexpr):
+    """From marks [token, expert] and the experts of pairs [token, BLOCK_K]: for each pair, the
+    marks of its expert by earlier tokens, and int32 [expert], all marks, each below 2**BITS."""
+    T: tl.constexpr = marks.shape[0]
+    BLOCK_E: tl.constexpr = marks.shape[1]
+    PER_WORD: tl.constexpr = min(32 // BITS, BLOCK_E)
+    expert = tl.arange(0, BLOCK_E)
+    fields = marks << ((expert & (PER_WORD - 1)) * BITS)[None, :]
+    words = tl.sum(tl.reshape(fields, [T, BLOCK_E // PER_WORD, PER_WORD]), 2)
+    above = tl.ravel(tl.cumsum(words, 0) - words)
+    place = tl.arange(0, T)[:, None] * BLOCK_E + index
+    sizes = _unpack(tl.sum(words, 0), expert, PER_WORD, BITS)
+    return _unpack(above, place, PER_WORD, BITS), sizes
 
 
 @triton.jit
 def _sort(
+    marks,
     index,
+    again,
     token,
     num_tokens,
     order,
@@ -149,11 +147,12 @@ def _sort(
     """Sorts all pairs in one program: writes order and group sizes."""
     expert = tl.arange(0, BLOCK_E)
     nth = tl.arange(0, index.shape[1])[None, :]
-    rank, sizes = _rank(index, E, K, BLOCK_E, BITS)
-    tl.store(group_sizes + expert, sizes, mask=expert < E)
     here = (token < num_tokens)[:, None] & (nth < K)
     valid = (index >= 0) & (index < E)
-    place = rank + _look_up(tl.cumsum(sizes, 0) - sizes, index, valid)
+    pair_expert = tl.where(valid, index, 0)
+    rank, sizes = _rank(marks, pair_expert, BITS)
+    tl.store(group_sizes + expert, sizes, mask=expert < E)
+    place = rank + again + _look_up(tl.cumsum(sizes, 0) - sizes, pair_expert)
     assigned = tl.sum(sizes, 0)
     if assigned < num_tokens * K:
         absent = (here & (valid == 0)).to(tl.int32)
@@ -165,22 +164,23 @@ def _sort(
 
 @triton.jit
 def _rank_tile(
+    marks,
     index,
+    again,
     sizes,
     token,
     num_tokens,
     rank,
     E: tl.constexpr,
     K: tl.constexpr,
-    BLOCK_E: tl.constexpr,
     BITS: tl.constexpr,
 ):
     """Writes the ranks of a tile's pairs, above the `sizes` of earlier tiles; returns new sizes."""
     nth = tl.arange(0, index.shape[1])[None, :]
     here = (token < num_tokens)[:, None] & (nth < K)
-    valid = (index >= 0) & (index < E)
-    above, more = _rank(index, E, K, BLOCK_E, BITS)
-    above += _look_up(sizes, index, valid)
+    pair_expert = tl.where((index >= 0) & (index < E), index, 0)
+    above, more = _rank(marks, pair_expert, BITS)
+    above += again + _look_up(sizes, pair_expert)
     tl.store(rank + token[:, None] * K + nth, above, mask=here)
     return sizes + more
 
@@ -204,10 +204,10 @@ def route_once(
 ):
     """Routes up to BLOCK_T tokens in one program: logits [T, E] -> ids, weights, order, sizes."""
     token = tl.arange(0, BLOCK_T)
-    index = _choose(
+    index, marks = _choose(
         logits, token_mask, ids, pair_weight, token, num_tokens, E, K, BLOCK_E, BLOCK_K, HAS_MASK
     )
-    _sort(index, token, num_tokens, order, group_sizes, E, K, BLOCK_E, BITS)
+    _sort(marks, index, 0, token, num_tokens, order, group_sizes, E, K, BLOCK_E, BITS)
 
 
 @triton.jit
@@ -234,7 +234,7 @@ def route_chunk(
     sizes = tl.zeros([BLOCK_E], tl.int32)
     for tile in range(TILES):
         token = (chunk * TILES + tile) * BLOCK_T + tl.arange(0, BLOCK_T)
-        index = _choose(
+        index, marks = _choose(
             logits,
             token_mask,
             ids,
@@ -247,7 +247,7 @@ def route_chunk(
             BLOCK_K,
             HAS_MASK,
         )
-        sizes = _rank_tile(index, sizes, token, num_tokens, rank, E, K, BLOCK_E, BITS)
+        sizes = _rank_tile(marks, index, 0, sizes, token, num_tokens, rank, E, K, BITS)
     tl.store(counts + chunk * E + expert, sizes, mask=expert < E)
 
 
@@ -274,7 +274,8 @@ def sort_once(
     """Sorts the pairs of up to BLOCK_T tokens in one program: ids [T, K] -> order, sizes."""
     token = tl.arange(0, BLOCK_T)
     index = _load_ids(ids, token, num_tokens, K, BLOCK_K)
-    _sort(index, token, num_tokens, order, group_sizes, E, K, BLOCK_E, BITS)
+    marks, again = _count_named(index, E, K, BLOCK_E)
+    _sort(marks, index, again, token, num_tokens, order, group_sizes, E, K, BLOCK_E, BITS)
 
 
 @triton.jit
@@ -298,7 +299,8 @@ def sort_chunk(
     for tile in range(TILES):
         token = (chunk * TILES + tile) * BLOCK_T + tl.arange(0, BLOCK_T)
         index = _load_ids(ids, token, num_tokens, K, BLOCK_K)
-        sizes = _rank_tile(index, sizes, token, num_tokens, rank, E, K, BLOCK_E, BITS)
+        marks, again = _count_named(index, E, K, BLOCK_E)
+        sizes = _rank_tile(marks, index, again, sizes, token, num_tokens, rank, E, K, BITS)
     tl.store(counts + chunk * E + expert, sizes, mask=expert < E)
 
 
