@@ -9,6 +9,8 @@ from moe_jax.experts import Expert as Expert
 from moe_jax.experts import GatedMLP as GatedMLP
 from moe_jax.experts import GptOssMLP as GptOssMLP
 from moe_jax.experts import Identity as Identity
+from moe_jax.experts.prepare import prepare_experts as prepare_experts
+from moe_jax.experts.prepare import restore_experts as restore_experts
 from moe_jax.layer import MoE as MoE
 from moe_jax.layer import MoEConfig as MoEConfig
 from moe_jax.layer import RouterStatistics as RouterStatistics
@@ -17,9 +19,11 @@ from moe_jax.losses import router_z_loss as router_z_loss
 from moe_jax.mixture_of_experts import fused_experts as fused_experts
 from moe_jax.mixture_of_experts import mixture_of_experts as mixture_of_experts
 from moe_jax.quantization import BlockScaled as BlockScaled
+from moe_jax.quantization import TiledMXFP4 as TiledMXFP4
 from moe_jax.quantization import dequantize_mxfp4 as dequantize_mxfp4
 from moe_jax.quantization import fake_quantize_mxfp4 as fake_quantize_mxfp4
 from moe_jax.quantization import quantize_mxfp4 as quantize_mxfp4
+from moe_jax.quantization import tile_mxfp4 as tile_mxfp4
 from moe_jax.routing import Router as Router
 from moe_jax.routing import Routing as Routing
 from moe_jax.routing import route as route

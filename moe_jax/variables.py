@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from moe_jax.quantization.tiled import is_packed
 from moe_jax.tagged import Tagged
 
 
@@ -33,7 +34,9 @@ def value(variable: nnx.Variable) -> Tagged:
 
 
 class Variables(nnx.Module):
-    """A pytree with a variable for each array: `Param` for floats, `Fixed` for integers.
+    """A pytree with a variable for each array: `Param` for floats, `Fixed` for the rest.
+
+    The rest is integers, and all of a packed weight.
 
     Attributes:
         leaves: the variables by the path of their array, for example `gate_up.blocks`.
@@ -44,8 +47,12 @@ class Variables(nnx.Module):
     def __init__(self, tree: Any) -> None:
         paths, self.treedef = jax.tree.flatten_with_path(tree)
         self.names = tuple(_name(path) for path, _ in paths)
+        trained = jax.tree.leaves(jax.tree.map(_trained, tree, is_leaf=is_packed))
         self.leaves = nnx.Dict(
-            {name: _variable(leaf) for name, (_, leaf) in zip(self.names, paths, strict=True)}
+            {
+                name: nnx.Param(leaf) if is_trained else Fixed(leaf)
+                for name, (_, leaf), is_trained in zip(self.names, paths, trained, strict=True)
+            }
         )
 
     def tree(self) -> Any:
@@ -55,8 +62,11 @@ class Variables(nnx.Module):
         )
 
 
-def _variable(leaf: Any) -> nnx.Variable:
-    return nnx.Param(leaf) if jnp.issubdtype(leaf.dtype, jnp.inexact) else Fixed(leaf)
+def _trained(node: Any) -> Any:
+    """Whether an array is trained, for each in `node`, an array or a packed weight."""
+    if is_packed(node):
+        return jax.tree.map(lambda _: False, node)
+    return jnp.issubdtype(node.dtype, jnp.inexact)
 
 
 def _name(path: tuple[Any, ...]) -> str:

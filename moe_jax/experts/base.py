@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.quantization.mxfp4 import BlockScaled
+from moe_jax.quantization.tiled import Packed, TiledMXFP4
 from moe_jax.tagged import Tagged, is_tagged
 
 
@@ -93,9 +94,9 @@ def apply_experts(experts: Any, x: Tagged, rows: Rows) -> Tagged:
     return experts.apply(x, rows) if isinstance(experts, Expert) else rows.call(experts, x)
 
 
-def decoded(weight: Tagged | BlockScaled, dtype: Any) -> Tagged:
+def decoded(weight: Tagged | Packed, dtype: Any) -> Tagged:
     """The weight as floats of `dtype`. Raises TypeError where it holds integers."""
-    if isinstance(weight, BlockScaled):
+    if isinstance(weight, BlockScaled | TiledMXFP4):
         return weight.dequantize(dtype)
     if not jnp.issubdtype(weight.dtype, jnp.floating):
         raise TypeError(f"weights must be floats or BlockScaled, got {weight.dtype} {weight}")

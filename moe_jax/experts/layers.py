@@ -1,6 +1,7 @@
 """The expert layers that come with the library.
 
-All weights are {expert, out, in}, as floats or `BlockScaled`, and all biases {expert, out}.
+All weights are {expert, out, in}, floats or packed (`BlockScaled`, `TiledMXFP4`), and all biases
+{expert, out}.
 """
 
 import dataclasses
@@ -11,10 +12,10 @@ import jax.numpy as jnp
 
 from moe_jax.activations import GPT_OSS_ACTIVATION, Activation
 from moe_jax.experts.base import Expert, Rows
-from moe_jax.quantization.mxfp4 import BlockScaled
+from moe_jax.quantization.tiled import Packed
 from moe_jax.tagged import Tagged
 
-type Weight = Tagged | BlockScaled
+type Weight = Tagged | Packed
 
 
 def _check_biases(**biases: Tagged | None) -> None:

@@ -3,7 +3,7 @@
 Contract, for every backend:
 
     rows          {row, in}            float32 or bfloat16, sorted by expert
-    weight        {expert, out, in}    a float array, or BlockScaled (MXFP4)
+    weight        {expert, out, in}    a float array, or MXFP4: BlockScaled or TiledMXFP4
     group_sizes   {expert}             int32; the first group_sizes[0] rows belong to expert 0, ...
     result        {row, out}           dtype of rows; sums are kept in float32
                                        rows past the sum of group_sizes are zero
@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from moe_jax.kernels.grouped_matmul import floats, reference
 from moe_jax.kernels.lowering import vary_together
-from moe_jax.quantization.mxfp4 import BlockScaled
+from moe_jax.quantization.tiled import Packed
 from moe_jax.tagged import Tagged
 
 type Implementation = Literal["xla", "triton"]
@@ -26,7 +26,7 @@ type Implementation = Literal["xla", "triton"]
 
 def grouped_matmul(
     rows: Tagged,
-    weight: Tagged | BlockScaled,
+    weight: Tagged | Packed,
     group_sizes: Tagged,
     *,
     implementation: Implementation | None = None,
@@ -53,9 +53,9 @@ def grouped_matmul(
     rows, weight, group_sizes = vary_together(rows, weight, group_sizes)
     if implementation == "xla" or not rows.size("row"):
         return reference.grouped_matmul(rows, weight, group_sizes)
-    if isinstance(weight, BlockScaled):
-        return _multiply_packed(rows, weight, group_sizes, implementation)
-    return _multiply_floats(rows, weight, group_sizes, implementation)
+    if isinstance(weight, Tagged):
+        return _multiply_floats(rows, weight, group_sizes, implementation)
+    return _multiply_packed(rows, weight, group_sizes, implementation)
 
 
 def _multiply_floats(
@@ -74,7 +74,7 @@ def _multiply_floats(
 
 
 def _multiply_packed(
-    rows: Tagged, weight: BlockScaled, group_sizes: Tagged, implementation: Implementation | None
+    rows: Tagged, weight: Packed, group_sizes: Tagged, implementation: Implementation | None
 ) -> Tagged:
     """The kernel takes floats: forced to it, all experts are decoded first."""
     if implementation is None:
@@ -84,7 +84,7 @@ def _multiply_packed(
 
 def _check(
     rows: Tagged,
-    weight: Tagged | BlockScaled,
+    weight: Tagged | Packed,
     group_sizes: Tagged,
     implementation: Implementation | None,
 ) -> None:

@@ -15,7 +15,7 @@ import numpy as np
 from jax import lax
 
 from moe_jax.dtypes import accumulator
-from moe_jax.quantization.mxfp4 import BlockScaled
+from moe_jax.quantization.tiled import Packed
 from moe_jax.tagged import Tagged
 
 _SMALLEST_BLOCK, _LARGEST_BLOCK = 8, 128
@@ -81,7 +81,7 @@ def from_blocks(values: jax.Array, blocks: Blocks) -> jax.Array:
     return flat.at[blocks.place].get(mode="fill", fill_value=0)
 
 
-def grouped_matmul(rows: Tagged, weight: Tagged | BlockScaled, group_sizes: Tagged) -> Tagged:
+def grouped_matmul(rows: Tagged, weight: Tagged | Packed, group_sizes: Tagged) -> Tagged:
     """See `api`."""
     x = rows.untag("row", "in")
     if isinstance(weight, Tagged):
@@ -92,14 +92,12 @@ def grouped_matmul(rows: Tagged, weight: Tagged | BlockScaled, group_sizes: Tagg
 
 
 @jax.custom_vjp
-def _grouped_matmul(
-    x: jax.Array, weight: Tagged | BlockScaled, group_sizes: jax.Array
-) -> jax.Array:
+def _grouped_matmul(x: jax.Array, weight: Tagged | Packed, group_sizes: jax.Array) -> jax.Array:
     blocks = plan_blocks(group_sizes, x.shape[0])
     return multiply(x, weight, blocks, over="in")
 
 
-def _forward(x: jax.Array, weight: Tagged | BlockScaled, group_sizes: jax.Array) -> Any:
+def _forward(x: jax.Array, weight: Tagged | Packed, group_sizes: jax.Array) -> Any:
     blocks = plan_blocks(group_sizes, x.shape[0])
     return multiply(x, weight, blocks, over="in"), (x, weight, blocks, group_sizes)
 
@@ -118,7 +116,7 @@ def _backward(saved: Any, gradient: jax.Array) -> Any:
 _grouped_matmul.defvjp(_forward, _backward)
 
 
-def multiply(x: jax.Array, weight: Tagged | BlockScaled, blocks: Blocks, over: str) -> jax.Array:
+def multiply(x: jax.Array, weight: Tagged | Packed, blocks: Blocks, over: str) -> jax.Array:
     """Sums over `over`, `in` or `out`: [rows, over] -> [rows, the weight's other axis]."""
     other = "out" if over == "in" else "in"
     x_blocks = to_blocks(x, blocks)
@@ -157,12 +155,14 @@ def outer_products(
     return lax.fori_loop(0, blocks.used, step, total).astype(dtype)
 
 
-def expert_weight(weight: Tagged | BlockScaled, expert: Any, dtype: Any) -> Tagged:
+def expert_weight(weight: Tagged | Packed, expert: Any, dtype: Any) -> Tagged:
     """The float weight {out, in} of one expert."""
     one = weight.take(expert, "expert")
-    return one.dequantize(dtype) if isinstance(one, BlockScaled) else one.astype(dtype)
+    return one.astype(dtype) if isinstance(one, Tagged) else one.dequantize(dtype)
 
 
-def _no_gradient(array: jax.Array) -> np.ndarray:
-    """The cotangent of an integer array."""
+def _no_gradient(array: jax.Array) -> Any:
+    """The cotangent of an array that has no gradient: of integers, or a packed weight's factors."""
+    if jnp.issubdtype(array.dtype, jnp.floating):
+        return jnp.zeros_like(array)
     return np.zeros(array.shape, jax.dtypes.float0)
