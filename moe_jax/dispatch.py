@@ -219,6 +219,22 @@ def plan_fixed_budget(
     )
 
 
+def check_dispatch(algorithm: str, ratio: float | None, overflow: str) -> None:
+    """Raises ValueError for an unknown or contradictory choice of dispatch."""
+    if algorithm != "auto" and algorithm not in ALGORITHMS:
+        raise ValueError(f"algorithm must be 'auto' or one of {ALGORITHMS}, got {algorithm!r}")
+    if algorithm == "fixed_budget" and ratio is None:
+        raise ValueError("algorithm 'fixed_budget' needs tokens_per_expert_ratio, got None")
+    if ratio is not None:
+        check_ratio(ratio)
+        if algorithm not in ("auto", "fixed_budget"):
+            raise ValueError(
+                f"tokens_per_expert_ratio is for 'auto' and 'fixed_budget': {algorithm!r} computes "
+                f"every chosen pair. Leave one of them out"
+            )
+    check_overflow(overflow)
+
+
 def check_ratio(ratio: float) -> None:
     """Raises ValueError unless the ratio is a positive finite number."""
     number = isinstance(ratio, numbers.Real) and not isinstance(ratio, bool)

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 from flax import nnx
 
 from moe_jax.call import like_tokens, token_axes
-from moe_jax.dispatch import DispatchReport, Overflow
+from moe_jax.dispatch import DispatchReport, Overflow, check_dispatch
 from moe_jax.experts.base import check_experts
 from moe_jax.losses import load_balance_loss, router_z_loss
-from moe_jax.mixture_of_experts import AlgorithmChoice, check_dispatch, mixture_of_experts
+from moe_jax.mixture_of_experts import AlgorithmChoice, mixture_of_experts
 from moe_jax.routing import (
     Router,
     check_expert_axis,

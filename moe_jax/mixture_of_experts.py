@@ -13,8 +13,9 @@ import jax.numpy as jnp
 
 from moe_jax import dispatch
 from moe_jax.call import Call
-from moe_jax.dispatch import ALGORITHMS, Overflow
+from moe_jax.dispatch import Overflow, check_dispatch
 from moe_jax.experts.base import check_experts
+from moe_jax.kernels.expert_mlp.api import Logits, expert_mlp, is_supported
 from moe_jax.routing import (
     LINEAR_ROUTER,
     Router,
@@ -24,7 +25,7 @@ from moe_jax.routing import (
     check_groups,
     route,
 )
-from moe_jax.tagged import is_tagged, tag
+from moe_jax.tagged import Tagged, is_tagged, tag
 
 type AlgorithmChoice = Literal["auto", "per_token", "dense", "grouped", "fixed_budget"]
 type Normalization = Literal["softmax", "linear"] | Router
@@ -95,12 +96,13 @@ def mixture_of_experts(
     )
     if name == "fixed_budget":
         assert tokens_per_expert_ratio is not None  # _algorithm has checked it
+        budget = dispatch.token_budget(
+            layer.num_tokens, num_experts, experts_per_token, tokens_per_expert_ratio
+        )
         plan = dispatch.plan_fixed_budget(
             logits,
             experts_per_token,
-            dispatch.token_budget(
-                layer.num_tokens, num_experts, experts_per_token, tokens_per_expert_ratio
-            ),
+            budget,
             router,
             overflow=overflow,
             selection_bias=selection_bias,
@@ -112,7 +114,9 @@ def mixture_of_experts(
         routing = route(
             logits, experts_per_token, router, selection_bias=selection_bias, token_mask=mask
         )
-        y = dispatch.EXACT[name](layer.experts, layer.x, routing, num_experts)
+        is_default = router == Router() and selection_bias is None
+        unrouted = Logits(logits, mask, experts_per_token) if is_default else None
+        y = _compute(algorithm, name, layer, routing, num_experts, unrouted)
         report = dispatch.exact_report(routing, num_experts, mask)
     y = layer.restore(y)
     return (y, report) if with_report else y
@@ -169,7 +173,7 @@ def fused_experts(
         ids = ids.map(lambda i: jnp.where(keep, i, num_experts))
     name = _algorithm(algorithm, layer.num_tokens, num_experts, ids.size("top_expert"), None)
     routing = Routing(ids.astype(jnp.int32), weights.astype(jnp.float32))
-    return layer.restore(dispatch.EXACT[name](layer.experts, layer.x, routing, num_experts))
+    return layer.restore(_compute(algorithm, name, layer, routing, num_experts))
 
 
 def _router(normalization: Normalization) -> Router:
@@ -183,22 +187,6 @@ def _router(normalization: Normalization) -> Router:
     return _NORMALIZATIONS[normalization]
 
 
-def check_dispatch(algorithm: str, ratio: float | None, overflow: str) -> None:
-    """Raises ValueError for an unknown or contradictory choice of dispatch."""
-    if algorithm != "auto" and algorithm not in ALGORITHMS:
-        raise ValueError(f"algorithm must be 'auto' or one of {ALGORITHMS}, got {algorithm!r}")
-    if algorithm == "fixed_budget" and ratio is None:
-        raise ValueError("algorithm 'fixed_budget' needs tokens_per_expert_ratio, got None")
-    if ratio is not None:
-        dispatch.check_ratio(ratio)
-        if algorithm not in ("auto", "fixed_budget"):
-            raise ValueError(
-                f"tokens_per_expert_ratio is for 'auto' and 'fixed_budget': {algorithm!r} computes "
-                f"every chosen pair. Leave one of them out"
-            )
-    dispatch.check_overflow(overflow)
-
-
 def _algorithm(
     choice: str, num_tokens: int, num_experts: int, experts_per_token: int, ratio: float | None
 ) -> str:
@@ -206,6 +194,23 @@ def _algorithm(
     if choice == "auto":
         return dispatch.choose_algorithm(num_tokens, num_experts, experts_per_token, ratio)
     return choice
+
+
+def _compute(
+    choice: str,
+    name: str,
+    layer: Call,
+    routing: Routing,
+    num_experts: int,
+    unrouted: Logits | None = None,
+) -> Tagged:
+    """Computes every pair of `routing`, which is what `unrouted` becomes where it is given.
+
+    Where there are kernels for the whole layer, they stand for `grouped`.
+    """
+    if choice in ("auto", "grouped") and is_supported(layer.experts, layer.x):
+        return expert_mlp(layer.experts, layer.x, unrouted or routing, algorithm=name)
+    return dispatch.EXACT[name](layer.experts, layer.x, routing, num_experts)
 
 
 def _count_experts(experts: Any) -> int:

@@ -95,7 +95,8 @@ def combine_pairs(
     Rows of pairs without an expert are nothing, whatever they hold, even NaN.
 
     Args:
-        y: float [P, D], in the order of pairs, weighted.
+        y: float [P * splits, D], in the order of pairs, weighted. A pair may have several rows, as
+            many as every other, one after the other.
         ids: int32 [T, k].
         num_experts: E.
         dtype: the result's; None for that of `y`.
@@ -109,9 +110,11 @@ def combine_pairs(
         TypeError: a dtype is wrong.
     """
     _check_ids(ids)
-    if y.ndim != 2 or y.shape[0] != ids.size:
+    splits = y.shape[0] // max(1, ids.size) if y.ndim == 2 else 0
+    if y.ndim != 2 or y.shape[0] != splits * ids.size or (ids.size and not splits):
         raise ValueError(
-            f"y must be [pairs, d] with {ids.size} pairs for ids {ids.shape}, got {y.shape}"
+            f"y must be [pairs, d] with {ids.size} pairs for ids {ids.shape}, or with several "
+            f"rows for each pair, got {y.shape}"
         )
     if not jnp.issubdtype(y.dtype, jnp.floating):
         raise TypeError(f"y must be floats, got {y.dtype}")

@@ -35,6 +35,7 @@ def sort_pairs(ids: jax.Array, *, num_experts: int) -> SortedPairs:
 
 def combine_pairs(y: jax.Array, ids: jax.Array, *, num_experts: int, dtype: Any) -> jax.Array:
     """See `api`."""
-    rows = y.astype(accumulator(y.dtype)).reshape(*ids.shape, y.shape[1])
+    splits = y.shape[0] // max(1, ids.size)
+    rows = y.astype(accumulator(y.dtype)).reshape(*ids.shape, splits, y.shape[1])
     valid = (ids >= 0) & (ids < num_experts)
-    return jnp.where(valid[:, :, None], rows, 0).sum(1).astype(dtype)
+    return jnp.where(valid[:, :, None, None], rows, 0).sum((1, 2)).astype(dtype)

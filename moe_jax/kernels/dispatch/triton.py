@@ -102,6 +102,7 @@ def combine_pairs(y: jax.Array, ids: jax.Array, *, num_experts: int, dtype: Any)
         D=size,
         E=num_experts,
         K=k,
+        SPLITS=y.shape[0] // ids.size,
         BLOCK_D=blocks.columns,
     )
 

@@ -1,0 +1,1 @@
+"""The experts of a whole layer as a few kernels."""

@@ -1,0 +1,207 @@
+"""A tile of tokens times tiled MXFP4 weights in Gluon, for compute capability 9.0.
+
+At few tokens an expert the weights' way from memory is all that counts. A lane loads 16 bytes of a
+tile of 16 outputs x 64 inputs (see `moe_jax.quantization.tiled`), far ahead, and decodes them where
+they are: what comes out is the lane's share of a tensor core's operand, so weights never pass
+through shared memory. The rows of the activations do. An operand's rows are outputs and its columns
+are the tokens of one expert, so that a matmul may be as narrow as 8 tokens.
+
+This module imports Triton: import it only where a lowering for CUDA needs it.
+"""
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
+# pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
+# pyright: reportAssignmentType=false, reportIndexIssue=false
+# (what kernels are written in looks like Python, but its types are not)
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+
+def _decode_word(word: str, scale: str, results: list[str]) -> list[str]:
+    """PTX for the 8 codes of a word: four pairs, each of one input and of the next.
+
+    A code's sign and magnitude are moved to where a bfloat16 has its sign and the three bits above
+    and below its exponent's last; that number times a power of two is the decoded weight.
+    """
+    signs_and_magnitudes = "0x81C081C0"
+    lines = [
+        f"and.b32 n, {word}, {signs_and_magnitudes};",
+        f"fma.rn.bf16x2 {results[0]}, n, {scale}, z;",
+    ]
+    for i, shift in ((1, 3), (2, 6)):
+        lines += [
+            f"shl.b32 t, {word}, {shift};",
+            f"and.b32 n, t, {signs_and_magnitudes};",
+            f"fma.rn.bf16x2 {results[i]}, n, {scale}, z;",
+        ]
+    return lines + [
+        f"shl.b32 t, {word}, 1;",
+        "and.b32 n, t, 0x80008000;",
+        f"shr.b32 t, {word}, 5;",
+        "lop3.b32 n, t, 0x01000100, n, 0xEA;",
+        f"shr.b32 t, {word}, 4;",
+        "lop3.b32 n, t, 0x00C000C0, n, 0xEA;",
+        f"fma.rn.bf16x2 {results[3]}, n, {scale}, z;",
+    ]
+
+
+def _decode_lane() -> str:
+    """PTX for a lane: words $16 to $19 and scale bytes $20 -> 16 pairs $0 to $15."""
+    lines = [
+        ".reg .b32 n, t, z, e, o, s0, s1, s2, s3;",
+        ".reg .b16 h0, h1, h2, h3;",
+        "mov.b32 z, 0x80008000;",
+        "and.b32 e, $20, 0x00FF00FF;",
+        "shl.b32 e, e, 7;",
+        "shr.b32 o, $20, 1;",
+        "and.b32 o, o, 0x7F807F80;",
+        "mov.b32 {h0, h2}, e;",
+        "mov.b32 {h1, h3}, o;",
+    ]
+    lines += [f"mov.b32 s{i}, {{h{i}, h{i}}};" for i in range(4)]
+    for i in range(4):
+        lines += _decode_word(f"${16 + i}", f"s{i}", [f"${4 * o + i}" for o in range(4)])
+    return "{\n" + "\n".join(lines) + "\n}"
+
+
+_DECODE = gl.constexpr(_decode_lane())
+# Triton hands over 8 elements of 2 bytes as 4 registers, and the scales, of 4 bytes, 8 times
+_REGISTERS = gl.constexpr(",".join(["=&r"] * 16 + ["r"] * 12))
+
+
+@gluon.jit
+def _decode(words, scales, OUTPUTS: gl.constexpr, LANES: gl.constexpr, OPERAND: gl.constexpr):
+    """words i32 [2 * OUTPUTS, 4], scales i32 [2 * OUTPUTS] -> bf16 [OUTPUTS, 64].
+
+    Row 16 w + 8 r + g of the result is output 16 w + 2 g + r, so that nothing changes lanes.
+    """
+    halves = gl.join(words.to(gl.int16), (words >> 16).to(gl.int16))
+    halves = gl.convert_layout(gl.reshape(halves, [2 * OUTPUTS, 8]), LANES, assert_trivial=True)
+    scales, halves = gl.broadcast(scales[:, None], halves)
+    o0, o1, o2, o3 = gl.inline_asm_elementwise(
+        _DECODE,
+        _REGISTERS,
+        [halves, scales],
+        dtype=(gl.bfloat16, gl.bfloat16, gl.bfloat16, gl.bfloat16),
+        is_pure=True,
+        pack=8,
+    )
+    codes = gl.join(gl.join(o0, o1), gl.join(o2, o3))
+    codes = gl.reshape(codes, [OUTPUTS // 16, 8, 4, 2, 2, 2, 2, 2])  # w g t r a b h p
+    codes = gl.permute(codes, [0, 3, 1, 4, 7, 6, 2, 5])  # w r g a p h t b
+    return gl.convert_layout(gl.reshape(codes, [OUTPUTS, 64]), OPERAND, assert_trivial=True)
+
+
+@gluon.jit
+def _load_weights(words_at, scales_at, TILES: gl.constexpr):
+    """The words and the scales of the next TILES tiles of inputs."""
+    words, scales = (), ()
+    for u in gl.static_range(TILES):
+        words = words + (gl.load(words_at + u * 128),)
+        scales = scales + (gl.load(scales_at + u * 8),)
+    return words, scales
+
+
+@gluon.jit
+def _stage(shared, slot, x_at, inside, TILES: gl.constexpr):
+    """Starts to copy the next TILES tiles of inputs of the rows `inside`, zeros for the others."""
+    for u in gl.static_range(TILES):
+        async_copy.async_load(shared.index(slot * TILES + u), x_at + u * 64, mask=inside)
+    async_copy.commit_group()
+
+
+@gluon.jit
+def tile(
+    x,
+    row,
+    count,
+    words,
+    scales,
+    expert,
+    column,
+    split,
+    IN: gl.constexpr,
+    OUT: gl.constexpr,
+    SPLITS: gl.constexpr,
+    OUTPUTS: gl.constexpr,
+    TOKENS: gl.constexpr,
+    TILES: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """Sums over this split's inputs: f32 [OUTPUTS, TOKENS], rows in the order of `_decode`.
+
+    Args:
+        x: bf16 [rows, IN]; `row` gives the row of each token.
+        count: how many tokens there are; the columns of the others are zero.
+        words, scales: the weights, of which this is the OUTPUTS from column * OUTPUTS of `expert`.
+    """
+    WARPS: gl.constexpr = gl.num_warps()
+    ACROSS: gl.constexpr = IN // 64
+    SPAN: gl.constexpr = ACROSS // SPLITS
+    STEPS: gl.constexpr = SPAN // TILES
+    LANES: gl.constexpr = gl.BlockedLayout([1, 8], [32, 1], [WARPS, 1], [1, 0])
+    WORDS: gl.constexpr = gl.BlockedLayout([1, 4], [32, 1], [WARPS, 1], [1, 0])
+    ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [4, 8], [WARPS, 1], [1, 0])
+    PRODUCT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, TOKENS, 16])
+    OPERAND: gl.constexpr = gl.DotOperandLayout(0, PRODUCT, 2)
+    SHARED: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+
+    # where there are no more outputs, the last are read again
+    DOWN: gl.constexpr = (OUT + 15) // 16
+    first = expert.to(gl.int64) * (DOWN * ACROSS)
+    lane = gl.arange(0, 2 * OUTPUTS, layout=gl.SliceLayout(1, WORDS))
+    index = gl.minimum(column * (OUTPUTS // 16) + lane // 32, DOWN - 1) * ACROSS + split * SPAN
+    word = gl.arange(0, 4, layout=gl.SliceLayout(0, WORDS))
+    words_at = words + first * 128 + (index * 128 + lane % 32 * 4)[:, None] + word[None, :]
+    lane = gl.arange(0, 2 * OUTPUTS, layout=gl.SliceLayout(1, LANES))
+    index = gl.minimum(column * (OUTPUTS // 16) + lane // 32, DOWN - 1) * ACROSS + split * SPAN
+    scales_at = scales + first * 8 + (index * 8 + lane % 32 // 4)
+    packed, exponents = _load_weights(words_at, scales_at, TILES)
+
+    m = gl.arange(0, TOKENS, layout=gl.SliceLayout(1, ROWS))
+    k = gl.arange(0, 64, layout=gl.SliceLayout(0, ROWS))
+    row = gl.convert_layout(row, gl.SliceLayout(1, ROWS))
+    x_at = x + (row.to(gl.int64) * IN + split * (SPAN * 64))[:, None] + k[None, :]
+    inside = (m < count)[:, None]
+    shared = gl.allocate_shared_memory(gl.bfloat16, [STAGES * TILES, TOKENS, 64], SHARED)
+    for i in gl.static_range(STAGES - 1):
+        _stage(shared, i, x_at, inside & (i < STEPS), TILES)
+        x_at += 64 * TILES
+
+    slot = 0
+    total = gl.zeros([OUTPUTS, TOKENS], gl.float32, PRODUCT)
+    for i in range(0, STEPS):
+        async_copy.wait_group(STAGES - 2)
+        fence_async_shared()
+        gl.barrier()
+        ahead = slot + STAGES - 1
+        ahead = gl.where(ahead >= STAGES, ahead - STAGES, ahead)
+        _stage(shared, ahead, x_at, inside & (i + STAGES - 1 < STEPS), TILES)
+        x_at += 64 * TILES
+        more = (i + 1 < STEPS).to(gl.int32)  # the last step reads its own weights again
+        words_at += more * (128 * TILES)
+        scales_at += more * (8 * TILES)
+        next_packed, next_exponents = (), ()
+        operands = ()
+        for u in gl.static_range(TILES):
+            operands = operands + (_decode(packed[u], exponents[u], OUTPUTS, LANES, OPERAND),)
+            next_packed = next_packed + (gl.load(words_at + u * 128),)
+            next_exponents = next_exponents + (gl.load(scales_at + u * 8),)
+            tokens = shared.index(slot * TILES + u).permute((1, 0))
+            total = warpgroup_mma(operands[u], tokens, total, is_async=True)
+            if u + 1 == TILES:
+                waited = warpgroup_mma_wait(0, deps=(total,) + operands[TILES - 2 :])
+                total = waited[0]
+            elif u > 0:
+                # frees the registers of the operand before
+                waited = warpgroup_mma_wait(1, deps=(total, operands[u - 1]))
+                total = waited[0]
+        packed, exponents = next_packed, next_exponents
+        slot = gl.where(slot == STAGES - 1, 0, slot + 1)
+    return total
