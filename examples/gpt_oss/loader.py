@@ -3,7 +3,8 @@
 Experts in MXFP4 stay as they lie on disk, two arrays of bytes. A few tensors are read at a time,
 the largest first, and each is on its devices before its reader begins another: on the CPU, where
 the array read becomes the device's own, loading takes no more memory than the weights. With a
-mesh, every device reads only its own slices.
+mesh, every device reads only its own slices. On NVIDIA GPUs experts in MXFP4 are then laid out as
+the kernels read them, one weight at a time, which takes the memory of one weight more.
 """
 
 import contextlib
@@ -25,7 +26,9 @@ from gpt_oss.config import GptOssConfig
 from gpt_oss.layout import ParameterSpec, parameter_specs
 from moe_jax import MoEConfig
 from moe_jax.checkpoint import Checkpoint, CheckpointError, TensorEntry
+from moe_jax.experts.prepare import prepare_experts, prepare_for_devices
 from moe_jax.quantization.mxfp4 import BLOCK_SIZE, BlockScaled, leaf_rules
+from moe_jax.quantization.tiled import Packed
 from moe_jax.tagged import Rules, Tagged, tag
 
 if TYPE_CHECKING:
@@ -33,10 +36,12 @@ if TYPE_CHECKING:
 
 type Index = tuple[slice, ...]
 type Place = Callable[["TensorSource"], jax.Array]
+type Weight = Tagged | Packed
 
 _FLOATS = ("BF16", "F16", "F32")
 _EXPONENT_BITS = {"BF16": 0x7F80, "F16": 0x7C00, "F32": 0x7F800000}
 _MAX_SCALE = 252  # beyond it the largest code, 6, passes the largest float32; 255 is NaN
+_PREPARE = {None: prepare_for_devices, True: prepare_experts, False: lambda weight: weight}
 _READERS = 4
 _CHUNK = 1 << 20  # elements looked at together: their temporaries stay in the processor's cache
 
@@ -69,6 +74,7 @@ def load_model(
     mesh: Mesh | None = None,
     rules: Rules | None = None,
     progress: bool | None = None,
+    prepare: bool | None = None,
     **moe_options: Any,
 ) -> "GptOss":
     """Loads a model from a folder in the layout of openai/gpt-oss-20b.
@@ -84,6 +90,8 @@ def load_model(
         mesh: devices to spread the weights over; None puts them on the default device.
         rules: axis tag -> mesh axis. Axes without a rule are on every device in full.
         progress: whether to show a progress bar on stderr; None shows it on a terminal only.
+        prepare: whether experts in MXFP4 are laid out for the kernels of NVIDIA GPUs, see
+            `moe_jax.prepare_experts`; None does so where the weights are on such devices.
         moe_options: `algorithm`, `tokens_per_expert_ratio`, `overflow` of `moe_jax.MoE`.
 
     Raises:
@@ -100,8 +108,9 @@ def load_model(
         raise ValueError("mesh and rules go together: give both or neither")
     place = place_whole if mesh is None else place_sharded(mesh, rules or {})
     shown = sys.stderr.isatty() if progress is None else progress
+    checkpoint, laid_out = Checkpoint.open(folder), _PREPARE[prepare]
     parameters = read_parameters(
-        Checkpoint.open(folder), config, dtype=dtype, place=place, progress=shown
+        checkpoint, config, dtype=dtype, place=place, progress=shown, prepare=laid_out
     )
     return GptOss(config, parameters.__getitem__, dtype=dtype or jnp.bfloat16, **moe_options)
 
@@ -113,7 +122,8 @@ def read_parameters(
     dtype: Any = None,
     place: Place | None = None,
     progress: bool = False,
-) -> dict[str, Tagged | BlockScaled]:
+    prepare: Callable[[Weight], Weight] = _PREPARE[False],
+) -> dict[str, Weight]:
     """Reads every parameter of the model, by its name in `layout.parameter_specs`.
 
     Args:
@@ -122,6 +132,7 @@ def read_parameters(
         dtype: float dtype of all weights that are not in MXFP4; None keeps the file's.
         place: makes a device array of a `TensorSource`; the default is `place_whole`.
         progress: whether to show a progress bar on stderr.
+        prepare: what becomes of each parameter; the default keeps it as it is.
 
     Raises:
         CheckpointError: as `load_model`.
@@ -137,7 +148,7 @@ def read_parameters(
         for source in _sources(checkpoint, spec, dtype)
     }
     arrays = _place_all(checkpoint, sources, place or place_whole, progress)
-    return {name: _assemble(spec, arrays) for name, spec in specs.items()}
+    return {name: prepare(_assemble(spec, arrays)) for name, spec in specs.items()}
 
 
 def place_whole(source: TensorSource) -> jax.Array:
@@ -212,13 +223,14 @@ def _progress_bar(checkpoint: Checkpoint, shown: bool) -> Iterator[Callable[[int
         yield bar.update
 
 
-def _assemble(spec: ParameterSpec, arrays: dict[str, jax.Array]) -> Tagged | BlockScaled:
+def _assemble(spec: ParameterSpec, arrays: dict[str, jax.Array]) -> Weight:
+    """A parameter, made of arrays that are taken out of `arrays`."""
     if spec.name in arrays:
-        return tag(arrays[spec.name], *spec.axes)
+        return tag(arrays.pop(spec.name), *spec.axes)
     expert, out, _ = spec.axes
     return BlockScaled(
-        tag(arrays[spec.name + "_blocks"], expert, out, "block", "byte"),
-        tag(arrays[spec.name + "_scales"], expert, out, "block"),
+        tag(arrays.pop(spec.name + "_blocks"), expert, out, "block", "byte"),
+        tag(arrays.pop(spec.name + "_scales"), expert, out, "block"),
     )
 
 

@@ -29,11 +29,12 @@ from gpt_oss.config import GptOssConfig
 from gpt_oss.layers import Linear, RMSNorm
 from gpt_oss.layout import parameter_specs
 from gpt_oss.rope import cos_sin, rotate
-from moe_jax import GPT_OSS_ACTIVATION, BlockScaled, GptOssMLP, MoE, RouterStatistics, Tagged, tag
+from moe_jax import GPT_OSS_ACTIVATION, GptOssMLP, MoE, RouterStatistics, Tagged, tag
+from moe_jax.quantization import Packed
 from moe_jax.variables import param, value
 
 type Parameters = Callable[[str], Any]
-"""Gives a parameter, `Tagged` or `BlockScaled`, by its Hugging Face name."""
+"""Gives a parameter, `Tagged` or a packed weight, by its Hugging Face name."""
 
 type LayerCache = FullCache | RingCache
 type Angles = tuple[Tagged, Tagged]
@@ -163,7 +164,8 @@ class GptOss(nnx.Module):
         Args:
             config: the shape.
             parameters: gives a tensor by its Hugging Face name; experts' projections (for example
-                `model.layers.0.mlp.experts.gate_up_proj`) may be `BlockScaled`.
+                `model.layers.0.mlp.experts.gate_up_proj`) may be packed: `BlockScaled` or
+                `TiledMXFP4`.
             dtype: what to compute in, float32 or bfloat16.
             moe_options: `algorithm`, `tokens_per_expert_ratio`, `overflow` of `moe_jax.MoE`.
 
@@ -298,8 +300,8 @@ def _mixture(config: GptOssConfig, parameters: Parameters, prefix: str, **option
         GPT_OSS_ACTIVATION, alpha=config.swiglu_alpha, limit=config.swiglu_limit
     )
     experts = f"{prefix}experts."
-    gate_up: Tagged | BlockScaled = parameters(f"{experts}gate_up_proj")
-    down: Tagged | BlockScaled = parameters(f"{experts}down_proj")
+    gate_up: Tagged | Packed = parameters(f"{experts}gate_up_proj")
+    down: Tagged | Packed = parameters(f"{experts}down_proj")
     return MoE(
         GptOssMLP(
             gate_up,

@@ -113,6 +113,7 @@ def load(
     progress: bool = False,
     mesh: Mesh | None = None,
     rules: Rules | None = None,
+    prepare: bool | None = None,
     **moe_options: Any,
 ) -> Pretrained:
     """Loads a model by name.
@@ -127,6 +128,7 @@ def load(
         progress: show downloads and loading on stderr.
         mesh: devices to spread the weights over; None puts them on the default device.
         rules: axis tag -> mesh axis, with `mesh`.
+        prepare: whether packed experts are laid out for NVIDIA GPUs, see `loader.load_model`.
         moe_options: `algorithm` and `tokens_per_expert_ratio` of `moe_jax.MoE`.
 
     Raises:
@@ -144,7 +146,13 @@ def load(
     if dtype not in DTYPES:
         raise UserError(f"dtype must be 'auto' or one of {tuple(DTYPES)}, got {dtype!r}")
     network = load_model(
-        model.folder, dtype=DTYPES[dtype], mesh=mesh, rules=rules, progress=progress, **moe_options
+        model.folder,
+        dtype=DTYPES[dtype],
+        mesh=mesh,
+        rules=rules,
+        progress=progress,
+        prepare=prepare,
+        **moe_options,
     )
     return Pretrained(model.name, config, network, tokenizer, Engine(network, context=size))
 

@@ -20,7 +20,9 @@ from gpt_oss.config import GptOssConfig
 from gpt_oss.layout import ParameterSpec, parameter_specs
 from moe_jax.activations import GPT_OSS_ACTIVATION
 from moe_jax.checkpoint import INDEX_FILE, SINGLE_FILE
-from moe_jax.quantization.mxfp4 import BlockScaled
+from moe_jax.experts.prepare import restore_experts
+from moe_jax.quantization.mxfp4 import BLOCK_SIZE, BlockScaled
+from moe_jax.quantization.tiled import Packed
 from moe_jax.tagged import Tagged
 
 MAX_SHARD_BYTES = 4_800_000_000
@@ -32,7 +34,7 @@ _SWIGLU_ALPHA = GPT_OSS_ACTIVATION.alpha  # what readers assume where config.jso
 def write_checkpoint(
     folder: str | os.PathLike[str],
     config: GptOssConfig,
-    parameters: Callable[[str], Tagged | BlockScaled],
+    parameters: Callable[[str], Tagged | Packed],
     *,
     dtype: Any = jnp.bfloat16,
     max_shard_bytes: int = MAX_SHARD_BYTES,
@@ -40,8 +42,8 @@ def write_checkpoint(
 ) -> None:
     """Writes a model's parameters and configuration into a folder, which is made if need be.
 
-    Experts' weights that are `BlockScaled` become `..._blocks` and `..._scales`; float ones are
-    written as the transformers library does, transposed to {expert, in, out}.
+    Experts' weights that are packed become `..._blocks` and `..._scales`; float ones are written
+    as the transformers library does, transposed to {expert, in, out}.
 
     Args:
         folder: where to; must not hold weights yet.
@@ -84,7 +86,7 @@ def write_checkpoint(
 
 def _group(
     specs: Mapping[str, ParameterSpec],
-    parameters: Callable[[str], Tagged | BlockScaled],
+    parameters: Callable[[str], Tagged | Packed],
     dtype: Any,
     max_shard_bytes: int,
 ) -> list[list[str]]:
@@ -101,26 +103,28 @@ def _group(
     return groups
 
 
-def _checked_nbytes(spec: ParameterSpec, parameter: Tagged | BlockScaled, dtype: Any) -> int:
+def _checked_nbytes(spec: ParameterSpec, parameter: Tagged | Packed, dtype: Any) -> int:
     """Bytes that a parameter takes in a file. Raises ValueError where it is not as specified."""
     if parameter.axes != spec.axes or parameter.shape != spec.shape:
         raise ValueError(
             f"{spec.name}: expected axes {spec.axes} of sizes {spec.shape}, got {parameter}"
         )
-    if isinstance(parameter, BlockScaled):
-        return parameter.nbytes
+    if not isinstance(parameter, Tagged):
+        return math.prod(spec.shape) // BLOCK_SIZE * (BLOCK_SIZE // 2 + 1)
     return math.prod(spec.shape) * jnp.dtype(dtype or parameter.dtype).itemsize
 
 
 def _host_tensors(
-    spec: ParameterSpec, parameter: Tagged | BlockScaled, dtype: Any
+    spec: ParameterSpec, parameter: Tagged | Packed, dtype: Any
 ) -> dict[str, np.ndarray]:
     """A parameter as the checkpoint's tensors."""
+    parameter = restore_experts(parameter)
     if isinstance(parameter, BlockScaled):
         return {
             spec.name + "_blocks": np.asarray(parameter.blocks.array),
             spec.name + "_scales": np.asarray(parameter.scales.array),
         }
+    assert isinstance(parameter, Tagged)  # nothing tiled is left
     array = np.asarray(parameter.array)
     if spec.is_expert_weight:
         array = array.swapaxes(-1, -2)

@@ -1,5 +1,6 @@
 """Weights in the layout that the kernels read, made once and kept."""
 
+import importlib.util
 from typing import Any
 
 import jax
@@ -28,6 +29,26 @@ def prepare_experts[T](experts: T) -> T:
         TypeError: there is a Flax module that holds packed weights; they must be prepared before.
     """
     return _map_packed(_tile, experts)
+
+
+def prepare_for_devices[T](experts: T) -> T:
+    """`prepare_experts` for those packed weights that lie where kernels run that read them.
+
+    Those are NVIDIA GPUs, with jax-triton installed: without it, or on other devices, weights would
+    be laid out anew at each use.
+    """
+    if importlib.util.find_spec("jax_triton") is None:
+        return experts
+    try:
+        devices = set(jax.devices("cuda"))
+    except RuntimeError:  # no such platform
+        return experts
+
+    def one(weight: Any) -> Any:
+        leaves = jax.tree.leaves(weight)
+        return _tile(weight) if all(leaf.devices() <= devices for leaf in leaves) else weight
+
+    return _map_packed(one, experts)
 
 
 def restore_experts[T](experts: T) -> T:
