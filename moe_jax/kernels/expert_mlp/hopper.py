@@ -230,7 +230,7 @@ def down_kernel(
                 IN, OUT, SPLITS, OUTPUTS, TOKENS, TILES, STAGES,
             )  # fmt: skip
             total, n = _scaled(total, factor, expert, column, OUT)
-            biased = (n < OUT) & (split == 0)
+            biased = n < gl.where(split == 0, OUT, 0)  # one split adds it
             terms = gl.load(bias + expert * OUT + n, mask=biased, other=0.0)
             total += terms.to(gl.float32)[:, None]
             pair = _pairs(order, start, count, SORTED, TOKENS)

@@ -32,11 +32,11 @@ def _decode(words, scales, OUTPUTS: tl.constexpr, DTYPE: tl.constexpr):
     halves = tl.reshape(tl.join(words << 16, words), [2 * OUTPUTS, 8])
     byte = tl.arange(0, 8) // 2  # of each word: 2 r + a
     scale = _as_float(((scales[:, None] >> (8 * byte)[None, :]) & 255) << 23)
-    KEPT: tl.constexpr = -2117074944  # 0x81C00000
+    KEPT: tl.constexpr = 0x81C00000 - (1 << 32)  # as a signed number
     o0 = _as_float(halves & KEPT) * scale
     o1 = _as_float((halves << 3) & KEPT) * scale
     o2 = _as_float((halves << 6) & KEPT) * scale
-    sign = (halves << 1) & -2147483648
+    sign = (halves << 1) & (-1 << 31)
     high, low = (halves >> 5) & 0x01000000, (halves >> 4) & 0x00C00000
     o3 = _as_float(sign | high | low) * scale
     codes = tl.join(tl.join(o0.to(DTYPE), o1.to(DTYPE)), tl.join(o2.to(DTYPE), o3.to(DTYPE)))
@@ -293,7 +293,7 @@ def down_kernel(
                 IN, OUT, SPLITS, OUTPUTS, TOKENS, TILES, STAGES,
             )  # fmt: skip
             total, n = _scaled(total, factor, expert, column, OUT)
-            biased = (n < OUT) & (split == 0)
+            biased = n < tl.where(split == 0, OUT, 0)  # one split adds it
             terms = tl.load(bias + expert * OUT + n, mask=biased, other=0.0)
             total += terms.to(tl.float32)[:, None]
             pair = _pairs(order, start, count, SORTED, TOKENS)
