@@ -65,7 +65,7 @@ def compiled(
     """Compiles `kernel` for sm_`capability`.
 
     Args:
-        kernel: a `triton.jit` function.
+        kernel: a `triton.jit` or `gluon.jit` function.
         arguments: Triton's types by name, such as `*bf16` or `i32`; pointers are taken to be
             aligned to 16 bytes, as jax-triton takes them.
         constants: values of the constexpr parameters by name.
@@ -77,6 +77,7 @@ def compiled(
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
     signature = {name: arguments.get(name, "constexpr") for name in kernel.arg_names}
     aligned = {
@@ -84,7 +85,8 @@ def compiled(
         for i, kind in enumerate(signature.values())
         if kind.startswith("*")
     }
-    source = ASTSource(kernel, signature, dict(constants), aligned)
+    language = GluonASTSource if isinstance(kernel, GluonJITFunction) else ASTSource
+    source = language(kernel, signature, dict(constants), aligned)
     log = io.StringIO()
     with contextlib.ExitStack() as scope:
         scope.enter_context(triton.knobs.nvidia.scope())

@@ -1,0 +1,413 @@
+"""The layer of gpt-oss experts: what it computes, what is lowered, and what its kernels compile to.
+
+Values on the CPU are those of the definition; the kernels are interpreted by another file.
+"""
+
+import dataclasses
+import importlib
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from expert_mlp_oracle import Layer
+from jax.sharding import PartitionSpec as P
+from triton_tools import CAPABILITIES, MISSING, Compiled, compiled, run_interpreted
+
+import moe_jax
+from moe_jax import Router, Routing, Tagged, tag
+from moe_jax.kernels.dispatch import triton as dispatch
+from moe_jax.kernels.expert_mlp import configs, triton
+from moe_jax.kernels.expert_mlp.api import Logits, expert_mlp, is_supported
+
+EXPERTS, HIDDEN, INTERMEDIATE, K = 5, 64, 96, 2
+ROUNDING = {"rtol": 0.03, "atol": 0.6}
+"""What bfloat16 leaves of sums of 96 terms of a size of up to 20."""
+
+
+@pytest.fixture(scope="module")
+def oracle() -> Layer:
+    return Layer.random(np.random.default_rng(3), EXPERTS, HIDDEN, INTERMEDIATE)
+
+
+def rows(rng: np.random.Generator, tokens: int) -> tuple[jax.Array, np.ndarray]:
+    """bfloat16 [tokens, HIDDEN], and the same numbers in float64."""
+    x = jnp.asarray(rng.normal(size=(tokens, HIDDEN)), jnp.bfloat16)
+    return x, np.asarray(x, np.float64)
+
+
+def routing(ids: np.ndarray, weights: np.ndarray) -> Routing:
+    return Routing(
+        tag(jnp.asarray(ids, jnp.int32), "s", "top_expert"),
+        tag(jnp.asarray(weights, jnp.float32), "s", "top_expert"),
+    )
+
+
+@jax.jit
+def from_logits(experts, x, logits, mask=None):
+    return moe_jax.mixture_of_experts(experts, x, logits, experts_per_token=K, token_mask=mask)
+
+
+@jax.jit
+def from_ids(experts, x, ids, weights, mask=None):
+    return moe_jax.fused_experts(x, ids, weights, experts, token_mask=mask)
+
+
+def check(y, expected) -> None:
+    assert y.dtype == jnp.bfloat16
+    np.testing.assert_allclose(np.asarray(y, np.float64), expected, **ROUNDING)
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 3, 40])
+def test_from_logits(oracle, tokens, rng):
+    (x, wide), logits = rows(rng, tokens), rng.normal(size=(tokens, EXPERTS)).astype(np.float32)
+    logits[rng.random(logits.shape) < 0.3] = -np.inf
+    check(from_logits(oracle.tiled(), x, logits), oracle.routed(wide, logits, K))
+    mask = rng.random(tokens) < 0.5
+    y = from_logits(oracle.tiled(), x, logits, mask)
+    check(y, oracle.routed(wide, logits, K, mask))
+    assert not np.asarray(y)[~mask].any()
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 3, 40])
+def test_from_ids(oracle, tokens, rng):
+    x, wide = rows(rng, tokens)
+    ids = rng.integers(-2, EXPERTS + 2, (tokens, 3), dtype=np.int32)
+    weights = rng.random((tokens, 3)).astype(np.float32)
+    check(from_ids(oracle.tiled(), x, ids, weights), oracle(wide, ids, weights))
+    mask = rng.random(tokens) < 0.5
+    expected = oracle(wide, np.where(mask[:, None], ids, -1), weights)
+    check(from_ids(oracle.tiled(), x, ids, weights, mask), expected)
+
+
+@pytest.mark.parametrize("with_bias", [False, True])
+def test_other_routers(oracle, with_bias, rng):
+    """Routing that the kernels do not do is done before them."""
+    (x, _), logits = rows(rng, 12), rng.normal(size=(12, EXPERTS)).astype(np.float32)
+    router = Router("sigmoid", "before_top_k", renormalize=True)
+    options = {"normalization": router, "experts_per_token": K}
+    if with_bias:
+        options["selection_bias"] = jnp.asarray(rng.normal(size=EXPERTS), jnp.float32)
+    y = moe_jax.mixture_of_experts(oracle.tiled(), x, logits, **options)
+    chosen = moe_jax.route(
+        tag(jnp.asarray(logits), "s", "expert"),
+        K,
+        router,
+        selection_bias=tag(options["selection_bias"], "expert") if with_bias else None,
+    )
+    expected = oracle(np.asarray(x, np.float64), *(np.asarray(a) for a in jax.tree.leaves(chosen)))
+    check(y, expected)
+
+
+def test_nan_shows_in_its_token_only(oracle, rng):
+    (x, _), logits = rows(rng, 8), rng.normal(size=(8, EXPERTS)).astype(np.float32)
+    clean = from_logits(oracle.tiled(), x, logits)
+    logits[2, 1], logits[5] = np.nan, -np.inf
+    y = np.asarray(from_logits(oracle.tiled(), x.at[6, 3].set(jnp.nan), logits), np.float64)
+    np.testing.assert_array_equal(np.isnan(y).all(1), np.isin(np.arange(8), [2, 6]))
+    np.testing.assert_array_equal(y[5], 0)
+    others = np.array([0, 1, 3, 4, 7])
+    np.testing.assert_array_equal(y[others], np.asarray(clean, np.float64)[others])
+
+
+def test_report(oracle, rng):
+    x, _ = rows(rng, 6)
+    y, report = moe_jax.mixture_of_experts(
+        oracle.tiled(), x, jnp.zeros((6, EXPERTS)), experts_per_token=K, with_report=True
+    )
+    assert y.shape == x.shape
+    assert [int(n) for n in jax.tree.leaves(report)] == [6 * K, 0, 0, 0]
+
+
+@pytest.mark.parametrize("tokens", [2, 30])
+def test_gradients(oracle, tokens, rng):
+    """Slopes along random directions, by differences of the oracle in float64."""
+    (x, wide), logits = rows(rng, tokens), rng.normal(size=(tokens, EXPERTS))
+    cotangent = rng.normal(size=(tokens, HIDDEN))
+    experts = oracle.tiled()
+
+    def loss(x, logits, gate_up_bias, down_bias):
+        own = dataclasses.replace(
+            experts,
+            gate_up_bias=tag(gate_up_bias, "expert", "out"),
+            down_bias=tag(down_bias, "expert", "out"),
+        )
+        return (from_logits(own, x, logits).astype(jnp.float32) * cotangent).sum()
+
+    arguments = (wide, logits, oracle.gate_up_bias, oracle.down_bias)
+    gradients = jax.grad(loss, argnums=(0, 1, 2, 3))(
+        x, *(jnp.asarray(a, jnp.float32) for a in arguments[1:])
+    )
+
+    def exact(x, logits, gate_up_bias, down_bias):
+        own = dataclasses.replace(oracle, gate_up_bias=gate_up_bias, down_bias=down_bias)
+        return (own.routed(x, logits, K) * cotangent).sum()
+
+    for n, gradient in enumerate(gradients):
+        direction = rng.normal(size=arguments[n].shape)
+        ends = []
+        for sign in (1, -1):
+            moved = list(arguments)
+            moved[n] = arguments[n] + sign * 1e-6 * direction
+            ends.append(exact(*moved))
+        slope = (ends[0] - ends[1]) / 2e-6
+        gradient = np.asarray(gradient, np.float64)
+        # the slope along a random direction is of the gradient's length
+        error = abs((gradient * direction).sum() - slope)
+        assert error < 0.05 * np.linalg.norm(gradient)
+
+
+def test_packed_weights_have_no_gradient(oracle, rng):
+    (x, _), logits = rows(rng, 4), rng.normal(size=(4, EXPERTS)).astype(np.float32)
+    gradient = jax.grad(
+        lambda e: from_logits(e, x, logits).astype(jnp.float32).sum(), allow_int=True
+    )(oracle.tiled())
+    for weight in (gradient.gate_up, gradient.down):
+        assert weight.words.array.dtype == jax.dtypes.float0
+        assert not np.asarray(weight.factor.array).any()
+    assert np.asarray(gradient.down_bias.array).any()
+
+
+def test_inside_other_transformations(oracle, rng):
+    experts = oracle.tiled()
+    (x, _), logits = rows(rng, 8), jnp.asarray(rng.normal(size=(8, EXPERTS)), jnp.float32)
+    one = from_logits(experts, x, logits)
+    both = jnp.stack([x, x[::-1]]), jnp.stack([logits, logits[::-1]])
+    mapped = jax.jit(jax.vmap(from_logits, (None, 0, 0)))(experts, *both)
+    np.testing.assert_array_equal(mapped[0], one)
+    np.testing.assert_array_equal(mapped[1], one[::-1])
+    _, scanned = jax.lax.scan(lambda c, a: (c, from_logits(experts, *a)), 0, both)
+    np.testing.assert_array_equal(scanned, mapped)
+    looped = jax.lax.fori_loop(0, 2, lambda _, y: from_logits(experts, y, logits), x)
+    np.testing.assert_array_equal(looped, from_logits(experts, one, logits))
+    mesh = jax.make_mesh((4,), ("device",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = P("device")
+    sharded = jax.jit(
+        jax.shard_map(from_logits, mesh=mesh, in_specs=(P(), spec, spec), out_specs=spec)
+    )
+    check(sharded(experts, x, logits), np.asarray(one, np.float64))
+    gradient = jax.jit(jax.grad(lambda x: sharded(experts, x, logits).astype(jnp.float32).sum()))(x)
+    assert np.isfinite(np.asarray(gradient, np.float64)).all()
+
+
+def tagged(oracle: Layer, tokens: int) -> tuple[moe_jax.GptOssMLP, Tagged]:
+    return oracle.tiled(), tag(jnp.zeros((tokens, HIDDEN), jnp.bfloat16), "s", "d")
+
+
+def test_what_is_supported(oracle):
+    experts, x = tagged(oracle, 3)
+    assert is_supported(experts, x)
+    assert not is_supported(oracle.ours(), x)
+    assert not is_supported(experts, x.astype(jnp.float32))
+    up_first = dataclasses.replace(experts.activation, layout="interleaved_up_first")
+    assert not is_supported(dataclasses.replace(experts, activation=up_first), x)
+
+
+def test_refuses(oracle):
+    experts, x = tagged(oracle, 3)
+    good = routing(np.zeros((3, K)), np.ones((3, K)))
+    with pytest.raises(TypeError, match="takes a GptOssMLP .* got GptOssMLP and rows of float32"):
+        expert_mlp(experts, x.astype(jnp.float32), good)
+    with pytest.raises(ValueError, match="down_bias must have the sizes"):
+        expert_mlp(dataclasses.replace(experts, down_bias=experts.gate_up_bias), x, good)
+    with pytest.raises(ValueError, match="gate_up must have the sizes"):
+        expert_mlp(dataclasses.replace(experts, gate_up=experts.down), x, good)
+    with pytest.raises(ValueError, match="axis 's' has different sizes"):
+        expert_mlp(experts, x, routing(np.zeros((4, K)), np.ones((4, K))))
+    with pytest.raises(ValueError, match="expected logits of 5 experts"):
+        expert_mlp(experts, x, Logits(tag(jnp.zeros((3, 6)), "s", "expert"), None, K))
+    with pytest.raises(ValueError, match="needs an NVIDIA GPU"):
+        expert_mlp(experts, x, good, implementation="triton")
+
+
+def lowered(monkeypatch, capability, function, *arguments) -> list[tuple[str, dict]]:
+    """The kernels that a function is lowered to for CUDA: names, and the options of the calls."""
+    called = []
+
+    def call(kernel, *_, out_type, **options):
+        called.append((kernel.fn.__name__, options))
+        return jax.tree.map(lambda t: jnp.zeros(t.shape, t.dtype), out_type)
+
+    monkeypatch.setattr(triton, "_call", call)
+    monkeypatch.setattr(dispatch, "_call", call)
+    monkeypatch.setattr(triton, "cuda_capability", lambda: capability)
+    jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",))
+    return called
+
+
+MATMULS = ["gate_up_kernel", "down_kernel"]
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_what_is_lowered(monkeypatch, oracle, capability):
+    pytest.importorskip("triton", reason=MISSING)
+    pytest.importorskip("jax_triton", reason=MISSING)
+    experts = oracle.tiled()
+
+    def names(function, *arguments):
+        return [name for name, _ in lowered(monkeypatch, capability, function, *arguments)]
+
+    def layer(x, logits, mask=None):
+        return moe_jax.mixture_of_experts(
+            experts, x, logits, experts_per_token=K, token_mask=mask, with_report=True
+        )
+
+    for tokens, route in ((0, []), (1, ["route_once"]), (9000, ["route_chunk", "place_pairs"])):
+        x, logits = jnp.zeros((tokens, HIDDEN), jnp.bfloat16), jnp.zeros((tokens, EXPERTS))
+        expected = [*route, *MATMULS, "combine_pairs"] if tokens else []
+        assert names(layer, x, logits) == expected
+        assert names(layer, x, logits, jnp.ones(tokens, bool)) == expected
+        ids, weights = jnp.zeros((tokens, K), jnp.int32), jnp.zeros((tokens, K))
+        sort = {0: [], 1: ["sort_once"], 9000: ["sort_chunk", "place_pairs"]}[tokens]
+        if tokens == 1 and capability == 90 and INTERMEDIATE % 64 == 0:
+            sort = []  # each pair reads its expert's weights
+        found = names(lambda *a: moe_jax.fused_experts(*a, experts), x, ids, weights)
+        assert found == ([*sort, *MATMULS, "combine_pairs"] if tokens else [])
+
+
+def test_named_algorithms_and_other_types_stay_in_xla(monkeypatch, oracle):
+    pytest.importorskip("jax_triton", reason=MISSING)
+    x, logits = jnp.zeros((3, HIDDEN), jnp.bfloat16), jnp.zeros((3, EXPERTS))
+
+    def count(experts, x, algorithm):
+        def layer(x):
+            return moe_jax.mixture_of_experts(
+                experts, x, logits, experts_per_token=K, algorithm=algorithm
+            )
+
+        return len([n for n, _ in lowered(monkeypatch, 90, layer, x) if n in MATMULS])
+
+    tiled = oracle.tiled()
+    assert count(tiled, x, "auto") == count(tiled, x, "grouped") == 2
+    assert count(tiled, x, "per_token") == count(tiled, x, "dense") == 0
+    assert count(tiled, x.astype(jnp.float32), "auto") == count(oracle.ours(), x, "auto") == 0
+
+
+SIZE = 2880
+TYPES = {"int32": "i32", "float32": "fp32", "bfloat16": "bf16"}
+SHARED = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+"""Bytes of shared memory a program may have."""
+
+
+def shape(dtype, **axes: int) -> Tagged:
+    return Tagged(jax.ShapeDtypeStruct(tuple(axes.values()), dtype), tuple(axes))
+
+
+def large_weight(out: int, size: int) -> moe_jax.TiledMXFP4:
+    """The shapes of a weight with 32 experts."""
+    tiles = {"expert": 32, "tile_out": -(-out // 16), "tile_in": -(-size // 64)}
+    return moe_jax.TiledMXFP4(
+        words=shape(jnp.int32, **tiles, lane=32, word=4),
+        scales=shape(jnp.int32, **tiles, group=8),
+        offset=shape(jnp.int32, expert=32),
+        factor=shape(jnp.float32, expert=32, out=out),
+        in_size=size,
+    )
+
+
+def compile_calls(monkeypatch, capability, regimes, index, function, *arguments):
+    """What the kernels of a function compile to, under the plan of that index, by name."""
+    found: dict[str, Compiled] = {}
+
+    def call(kernel, *inputs, out_type, grid, num_warps, **constants):
+        del grid
+        values = dict(zip(kernel.arg_names, [*inputs, out_type], strict=False))
+        kinds = {
+            name: "i32" if isinstance(value, int) else f"*{TYPES[str(value.dtype)]}"
+            for name, value in values.items()
+        }
+        code = compiled(kernel, kinds, constants, capability, num_warps=num_warps)
+        name = kernel.fn.__name__
+        print(name, f"{code.registers} registers, {code.spills} spilled, {code.shared} shared")
+        assert code.registers * num_warps * 32 <= 65536
+        found[name] = code
+        return jnp.zeros(out_type.shape, out_type.dtype)
+
+    def other_call(kernel, *_, out_type, **options):
+        del kernel, options
+        return jax.tree.map(lambda t: jnp.zeros(t.shape, t.dtype), out_type)
+
+    plan = dataclasses.replace(regimes[index], rows=math.inf, pairs=math.inf)
+    module = "hopper" if regimes is configs.HOPPER else "portable"
+    kernels = importlib.import_module(f"moe_jax.kernels.expert_mlp.{module}")
+    monkeypatch.setattr(triton, "_call", call)
+    monkeypatch.setattr(dispatch, "_call", other_call)
+    monkeypatch.setattr(triton, "_kernels", lambda *_: (kernels, (plan,)))
+    jax.eval_shape(lambda *a: function(*a), *arguments)  # a function of its own: traces are kept
+    return found
+
+
+TABLES = [
+    *((90, configs.HOPPER, i) for i in range(len(configs.HOPPER))),
+    *((c, configs.PORTABLE, i) for c in CAPABILITIES for i in range(len(configs.PORTABLE))),
+]
+
+
+@pytest.mark.parametrize(
+    ("capability", "regimes", "index"),
+    TABLES,
+    ids=lambda v: str(v) if isinstance(v, int) else "hopper" if v is configs.HOPPER else "portable",
+)
+def test_every_configuration_fits_the_gpu(monkeypatch, capability, regimes, index):
+    pytest.importorskip("triton", reason=MISSING)
+    experts = moe_jax.GptOssMLP(
+        large_weight(2 * SIZE, SIZE),
+        shape(jnp.float32, expert=32, out=2 * SIZE),
+        large_weight(SIZE, SIZE),
+        shape(jnp.float32, expert=32, out=SIZE),
+    )
+    x = jax.ShapeDtypeStruct((3, SIZE), jnp.bfloat16)
+    ids, weights = (jax.ShapeDtypeStruct((3, 4), t) for t in (jnp.int32, jnp.float32))
+    found = compile_calls(
+        monkeypatch, capability, regimes, index, triton.layer, experts, x, ids, weights
+    )
+    assert list(found) == MATMULS
+    for code in found.values():
+        assert not code.spills and code.shared <= SHARED[capability]
+        assert {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}[capability] in code.ptx
+
+
+def test_grouped_matmul_fits_the_gpu(monkeypatch):
+    pytest.importorskip("triton", reason=MISSING)
+    rows, sizes = jax.ShapeDtypeStruct((40, SIZE), jnp.bfloat16), jnp.zeros(32, jnp.int32)
+    weight = large_weight(2 * SIZE, SIZE)
+    found = compile_calls(
+        monkeypatch, 90, configs.HOPPER, 2, triton.multiply_rows, rows, weight, sizes
+    )
+    assert not found["rows_kernel"].spills
+
+
+def test_plans_follow_the_sizes():
+    def plan(tokens, experts=32, k=4):
+        return configs.plan(configs.HOPPER, tokens * k, experts)
+
+    assert not plan(1).sorted and not plan(3).sorted and plan(4).sorted
+    assert plan(1).down.splits == 5 and plan(3).down.splits == 3
+    assert not plan(1, experts=128).sorted
+    assert plan(1, experts=4).sorted  # every expert is read anyway
+    heights = [plan(t).gate_up.tokens for t in (4, 16, 17, 48, 49, 192, 193, 10**6)]
+    assert heights == sorted(heights) and heights[-1] == 128
+
+
+def test_configurations_fit_the_inputs():
+    config = configs.Config(64, (8,), num_warps=4, stages=4, tiles=3, splits=5)
+    for size, tiles, splits in ((2880, 3, 5), (4096, 4, 4), (128, 2, 1), (64, 1, 1), (960, 3, 5)):
+        fitted = configs.fit(config, size)
+        assert (fitted.tiles, fitted.splits) == (tiles, splits)
+        assert size // 64 % (tiles * splits) == 0
+
+
+def test_blocks_are_enough_for_any_sizes(rng):
+    config = configs.Config(64, (8, 16), num_warps=4, stages=4)
+    for _ in range(200):
+        num_rows, experts = rng.integers(1, 80), rng.integers(1, 9)
+        cuts = np.sort(rng.integers(0, num_rows + 1, experts - 1))
+        sizes = np.diff([0, *cuts, num_rows])
+        assert (-(-sizes // 16)).sum() <= configs.num_blocks(config, num_rows, experts)
+
+
+@pytest.mark.slow
+def test_interpreted():
+    pytest.importorskip("triton", reason=MISSING)
+    run_interpreted("interpreted_expert_mlp.py")
