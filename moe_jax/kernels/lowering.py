@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.extend as jex
+import numpy as np
 from jax.interpreters import batching, mlir
 
 _INSTALL = "install it with the extra moe_jax[cuda13] or moe_jax[cuda12]"
@@ -105,6 +106,13 @@ def vary_together(*operands: Any) -> tuple[Any, ...]:
             for leaf, own in zip(leaves, varying, strict=True)
         ],
     )
+
+
+def no_gradient(array: jax.Array) -> Any:
+    """The cotangent of an array that has no gradient, be it of integers or of floats."""
+    if jax.numpy.issubdtype(array.dtype, jax.numpy.integer):
+        return np.zeros(array.shape, jax.dtypes.float0)
+    return jax.numpy.zeros_like(array)
 
 
 def cuda_capability() -> int:

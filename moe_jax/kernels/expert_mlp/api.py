@@ -15,12 +15,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from moe_jax import dispatch
 from moe_jax.experts.layers import GptOssMLP
 from moe_jax.kernels.expert_mlp import triton
-from moe_jax.kernels.lowering import per_platform, vary_together
+from moe_jax.kernels.lowering import no_gradient, per_platform, vary_together
 from moe_jax.quantization.tiled import TiledMXFP4
 from moe_jax.routing import Routing, route
 from moe_jax.tagged import Tagged
@@ -69,7 +68,8 @@ def expert_mlp(
         routing: ids and weights {s, top_expert}, or the logits that they are to be made from. An
             id outside the experts stands for none.
         algorithm: of `dispatch.EXACT`, where it runs in XLA; None chooses by the sizes.
-        implementation: see `lowering.per_platform`; "xla" for no kernels.
+        implementation: see `lowering.per_platform`; "xla" for the dispatch, whose matmuls may be
+            kernels.
 
     Returns:
         bfloat16 {s, d}. Tokens without an expert are zero.
@@ -121,18 +121,13 @@ def _backward(algorithm: str, implementation: str | None, saved: Any, gradient: 
 
     _, pullback = jax.vjp(function, biases, x, routing)
     of_biases, of_x, of_routing = pullback(gradient)
-    weights = {name: jax.tree.map(_zero, getattr(experts, name)) for name in ("gate_up", "down")}
+    weights = {
+        name: jax.tree.map(no_gradient, getattr(experts, name)) for name in ("gate_up", "down")
+    }
     return dataclasses.replace(experts, **weights, **of_biases), of_x, of_routing
 
 
 _apply.defvjp(_forward, _backward)
-
-
-def _zero(array: jax.Array) -> Any:
-    """The cotangent of an array that has no gradient."""
-    if jnp.issubdtype(array.dtype, jnp.integer):
-        return np.zeros(array.shape, jax.dtypes.float0)
-    return jnp.zeros_like(array)
 
 
 def _in_xla(experts: GptOssMLP, x: Tagged, routing: Routing | Logits, algorithm: str) -> Tagged:

@@ -16,9 +16,9 @@ from typing import Literal, get_args
 
 import jax.numpy as jnp
 
-from moe_jax.kernels.grouped_matmul import floats, reference
+from moe_jax.kernels.grouped_matmul import floats, reference, tiled
 from moe_jax.kernels.lowering import vary_together
-from moe_jax.quantization.tiled import Packed
+from moe_jax.quantization.tiled import Packed, TiledMXFP4
 from moe_jax.tagged import Tagged
 
 type Implementation = Literal["xla", "triton"]
@@ -76,7 +76,12 @@ def _multiply_floats(
 def _multiply_packed(
     rows: Tagged, weight: Packed, group_sizes: Tagged, implementation: Implementation | None
 ) -> Tagged:
-    """The kernel takes floats: forced to it, all experts are decoded first."""
+    """Tiled weights have a kernel. Forced to one for others, all experts are decoded first."""
+    if isinstance(weight, TiledMXFP4) and rows.dtype == jnp.bfloat16:
+        result = tiled.multiply(
+            rows.untag("row", "in"), weight, group_sizes.array.astype(jnp.int32), implementation
+        )
+        return Tagged(result, ("row", "out"))
     if implementation is None:
         return reference.grouped_matmul(rows, weight, group_sizes)
     return _multiply_floats(rows, weight.dequantize(rows.dtype), group_sizes, implementation)
