@@ -148,3 +148,10 @@ def test_combines(num_tokens, size, k, dtype, rng):
     np.testing.assert_allclose(
         result, oracle.combine(y, ids, 7), rtol=1e-14 if wide == np.float64 else 1e-5, atol=1e-6
     )
+
+
+def test_combines_several_rows_a_pair(rng):
+    ids = rng.integers(-2, 9, (5, 3), dtype=np.int32)
+    y = rng.normal(size=(15, 2, 33)).astype(np.float32)
+    result = triton.combine_pairs(y.reshape(30, 33), ids, num_experts=7, dtype=jax.numpy.float32)
+    np.testing.assert_allclose(result, oracle.combine(y.sum(1), ids, 7), rtol=1e-5, atol=1e-5)

@@ -155,6 +155,13 @@ def test_definition_of_combining(rng):
     np.testing.assert_allclose(narrow.astype(jnp.float32), expected, rtol=2**-8)
 
 
+def test_a_pair_may_have_several_rows(rng):
+    ids = rng.integers(-1, 7, (5, 3), dtype=np.int32)
+    y = rng.normal(size=(15, 4, 6)).astype(np.float32)
+    result = combine_pairs(jnp.asarray(y.reshape(60, 6)), jnp.asarray(ids), 6)
+    np.testing.assert_allclose(result, oracle.combine(y.sum(1), ids, 6), rtol=1e-5, atol=1e-5)
+
+
 def test_small_terms_are_not_lost_in_bfloat16():
     y = jnp.asarray([[256.0], [1.0], [1.0], [-256.0]], jnp.bfloat16)
     result = combine_pairs(y, jnp.zeros((1, 4), jnp.int32), 1)
