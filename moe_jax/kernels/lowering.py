@@ -22,7 +22,10 @@ _INSTALL = "install it with the extra moe_jax[cuda13] or moe_jax[cuda12]"
 
 
 def per_platform(
-    name: str, default: Callable[..., Any], cuda: Callable[..., Any]
+    name: str,
+    default: Callable[..., Any],
+    cuda: Callable[..., Any],
+    like: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
     """Makes an operation that is `cuda` where it is lowered for CUDA, and `default` elsewhere.
 
@@ -31,6 +34,8 @@ def per_platform(
         default: (*arrays, **static) -> a pytree of arrays. Defines shapes and dtypes, too.
         cuda: the same function for NVIDIA GPUs. It is called only while lowering for CUDA, with
             jax-triton installed, and so may import what only such a machine has.
+        like: where `default` is long, another function of the same arguments, quick to trace, whose
+            results have the same shapes and dtypes.
 
     Returns:
         A function (*arrays, implementation=None, **static). Static arguments are hashable.
@@ -43,9 +48,10 @@ def per_platform(
     """
     primitive = jex.core.Primitive(f"moe_jax_{name}")
     primitive.multiple_results = True
+    shaped = like or default
 
     def operation(*arrays: Any, implementation: str | None = None, **static: Any) -> Any:
-        shapes = jax.eval_shape(functools.partial(default, **static), *arrays)
+        shapes = jax.eval_shape(functools.partial(shaped, **static), *arrays)
         results = primitive.bind(*arrays, implementation=implementation, **static)
         return jax.tree.unflatten(jax.tree.structure(shapes), results)
 
@@ -54,7 +60,7 @@ def per_platform(
 
     def evaluate(*avals: Any, implementation: str | None, **static: Any) -> list[Any]:
         del implementation
-        shapes = jax.make_jaxpr(functools.partial(default, **static))(*avals)
+        shapes = jax.make_jaxpr(functools.partial(shaped, **static))(*avals)
         return list(shapes.out_avals)
 
     @functools.cache

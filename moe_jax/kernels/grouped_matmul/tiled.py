@@ -8,6 +8,7 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from moe_jax.kernels.expert_mlp import triton
 from moe_jax.kernels.grouped_matmul import reference
@@ -52,4 +53,11 @@ def _in_triton(
     return triton.multiply_rows(rows, jax.tree.unflatten(treedef, leaves), group_sizes)
 
 
-_multiply = per_platform("grouped_matmul_tiled", _in_xla, _in_triton)
+def _like(rows: jax.Array, group_sizes: jax.Array, *leaves: jax.Array, treedef: Any) -> jax.Array:
+    """The shape of the result."""
+    del group_sizes
+    weight = jax.tree.unflatten(treedef, leaves)
+    return jnp.broadcast_to(rows[:, :1], (rows.shape[0], weight.size("out")))
+
+
+_multiply = per_platform("grouped_matmul_tiled", _in_xla, _in_triton, _like)
