@@ -21,12 +21,12 @@ from moe_jax.kernels.expert_mlp.configs import Config, Plan, Regime
 # NumPy warns where the kernels compute infinities and NaN that they then do not use
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
 
-SMALL = Config(64, (4, 16), num_warps=1, stages=2, tiles=1)
+SMALL = Config("dot", 64, ((4,), (16,)), num_warps=1, stages=2, tiles=1)
 PLANS = {
     "sorted": Plan(True, SMALL, SMALL),
     "splits": Plan(True, SMALL, dataclasses.replace(SMALL, splits=3)),
     "pairs": Plan(False, SMALL, SMALL),
-    "one_height": Plan(True, *2 * (dataclasses.replace(SMALL, outputs=32, heights=(8,)),)),
+    "one_height": Plan(True, *2 * (dataclasses.replace(SMALL, outputs=32, heights=((8,),)),)),
 }
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+from typing import Literal
 
 TILE = 64
 """Inputs of a tile of weights."""
@@ -12,27 +13,31 @@ class Config:
     """How one matmul is tiled.
 
     Attributes:
+        instruction: what multiplies: `mma` (mma.sync; for few tokens) or `wgmma` (of a warpgroup;
+            for many) in the Hopper kernels, and in the portable ones `dot`, what Triton chooses.
         outputs: outputs of the weight a program computes; at least 16 a warp.
-        heights: how many tokens a program takes at most, ascending. The last is the size of the
-            blocks that an expert's tokens are cut into; blocks with fewer tokens are computed as
-            the least of the heights that holds them.
+        heights: how many tokens a program takes at most, ascending, each as the powers of two that
+            it is the sum of: a product for each. The last is the size of the blocks that an
+            expert's tokens are cut into; blocks with fewer tokens are computed as the least of the
+            heights that holds them.
         num_warps: warps a program.
         stages: steps of activations that are in flight from memory.
-        tiles: tiles of 64 inputs a step.
-        splits: how many programs share the inputs; each writes sums of its own.
+        tiles: tiles of 64 inputs a step, at most; that many tiles of weights are in flight.
+        splits: how many programs share the inputs, at most; each writes sums of its own.
     """
 
+    instruction: Literal["mma", "wgmma", "dot"]
     outputs: int
-    heights: tuple[int, ...]
+    heights: tuple[tuple[int, ...], ...]
     num_warps: int
     stages: int
-    tiles: int = 3
+    tiles: int
     splits: int = 1
 
     @property
     def tokens(self) -> int:
         """Tokens of a block."""
-        return self.heights[-1]
+        return sum(self.heights[-1])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,26 +71,41 @@ class Regime:
     plan: Plan
 
 
-def _both(is_sorted: bool, config: Config, splits: int = 1) -> Plan:
-    return Plan(is_sorted, config, dataclasses.replace(config, splits=splits))
+def _narrow(*heights: tuple[int, ...], tiles: int = 5, splits: int = 1) -> Config:
+    return Config("mma", 64, heights, num_warps=4, stages=2, tiles=tiles, splits=splits)
 
 
-_NARROW = Config(64, (8,), num_warps=4, stages=4)
+def _wide(outputs: int, *heights: tuple[int, ...]) -> Config:
+    return Config("wgmma", outputs, heights, num_warps=4, stages=2, tiles=3)
+
+
+def _portable(outputs: int, tokens: int, num_warps: int) -> Plan:
+    config = Config("dot", outputs, ((tokens,),), num_warps, stages=2, tiles=1)
+    return Plan(True, config, config)
+
+
+_LARGE = _wide(128, (32,), (64,), (128,))
 
 HOPPER = (
-    Regime(0.5, 4, _both(False, _NARROW, splits=5)),
-    Regime(0.5, 12, _both(False, _NARROW, splits=3)),
-    Regime(2, math.inf, _both(True, _NARROW)),
-    Regime(6, math.inf, _both(True, Config(64, (8, 16), num_warps=4, stages=4))),
-    Regime(24, math.inf, _both(True, Config(128, (16, 32), num_warps=8, stages=3))),
-    Regime(math.inf, math.inf, _both(True, Config(128, (32, 64, 128), num_warps=4, stages=2))),
+    Regime(0.5, 4, Plan(False, _narrow((8,), tiles=15), _narrow((8,), tiles=9, splits=5))),
+    Regime(0.5, 8, Plan(False, _narrow((8,), tiles=9), _narrow((8,), tiles=9, splits=5))),
+    Regime(0.5, math.inf, Plan(True, _narrow((8,)), _narrow((8,), splits=3))),
+    Regime(2, math.inf, Plan(True, _narrow((8,)), _narrow((8,)))),
+    Regime(12, math.inf, Plan(True, _narrow((8,), (16,)), _narrow((8,), (16,)))),
+    Regime(24, math.inf, Plan(True, _wide(64, (16,), (32,)), _narrow((8,), (16,), (16, 8)))),
+    Regime(48, math.inf, Plan(True, _wide(128, (32,), (32, 16)), _wide(128, (32,), (32, 16)))),
+    Regime(96, math.inf, Plan(True, _wide(128, (64,), (64, 32)), _wide(128, (64,), (64, 32)))),
+    Regime(math.inf, math.inf, Plan(True, _LARGE, _LARGE)),
 )
-"""For compute capability 9.0, measured on an H200 with 32 experts, 4 a token, and sizes of 2880."""
+"""For compute capability 9.0, measured on an H200 with 32 experts, 4 a token, and sizes of 2880.
+
+`benchmarks/moe_layer_notes.md` has the measurements.
+"""
 
 PORTABLE = (
-    Regime(8, math.inf, _both(True, Config(64, (16,), num_warps=4, stages=2, tiles=1))),
-    Regime(48, math.inf, _both(True, Config(64, (64,), num_warps=4, stages=2, tiles=1))),
-    Regime(math.inf, math.inf, _both(True, Config(128, (128,), num_warps=8, stages=2, tiles=1))),
+    Regime(8, math.inf, _portable(64, 16, num_warps=4)),
+    Regime(48, math.inf, _portable(64, 64, num_warps=4)),
+    Regime(math.inf, math.inf, _portable(128, 128, num_warps=8)),
 )
 """For every other GPU."""
 
@@ -99,7 +119,7 @@ def plan(regimes: tuple[Regime, ...], num_pairs: int, num_experts: int) -> Plan:
 def fit(config: Config, in_size: int) -> Config:
     """The configuration with as many splits and tiles a step as divide inputs of that size."""
     across = -(-in_size // TILE)
-    tiles = next(t for t in (config.tiles, 4, 2, 1) if not across % t)
+    tiles = next(t for t in range(config.tiles, 0, -1) if not across % t)
     splits = next(s for s in range(config.splits, 0, -1) if not across % (tiles * s))
     return dataclasses.replace(config, tiles=tiles, splits=splits)
 

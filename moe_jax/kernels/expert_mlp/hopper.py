@@ -10,11 +10,12 @@ This module imports Triton: import it only where a lowering for CUDA needs it.
 # pyright: reportAssignmentType=false, reportIndexIssue=false
 # (what kernels are written in looks like Python, but its types are not)
 
+import triton
 import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from moe_jax.kernels.expert_mlp.hopper_tile import tile
+from moe_jax.kernels.expert_mlp import narrow, weights, wide
 
 
 @gluon.jit
@@ -66,40 +67,70 @@ def _place(
     return expert, start, count, column, split
 
 
+@triton.constexpr_function
+def _capacity(heights, i):
+    """How many tokens the i-th of the heights holds, in all its parts."""
+    return sum(heights[i])
+
+
 @gluon.jit
 def _fits(count, HEIGHTS: gl.constexpr, i: gl.constexpr):
     """Whether the i-th of the ascending heights is the least that holds so many rows."""
-    fits = count <= HEIGHTS[i] if i + 1 < len(HEIGHTS) else count > 0
-    return fits & (count > HEIGHTS[i - 1]) if i > 0 else fits
+    fits = count <= _capacity(HEIGHTS, i) if i + 1 < len(HEIGHTS) else count > 0
+    return fits & (count > _capacity(HEIGHTS, i - 1)) if i > 0 else fits
 
 
 @gluon.jit
-def _rows(start, TOKENS: gl.constexpr):
-    LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
-    return start.to(gl.int64) + gl.arange(0, TOKENS, layout=LAYOUT)
+def _tile(
+    x, rows, count, words, scales, expert, column, split,
+    IN: gl.constexpr, OUT: gl.constexpr, SPLITS: gl.constexpr, OUTPUTS: gl.constexpr,
+    PARTS: gl.constexpr, TILES: gl.constexpr, STAGES: gl.constexpr, INSTRUCTION: gl.constexpr,
+):  # fmt: skip
+    """The tile's sums by the instruction that the configuration names."""
+    if INSTRUCTION == "wgmma":
+        return wide.tile(
+            x, rows, count, words, scales, expert, column, split,
+            IN, OUT, SPLITS, OUTPUTS, PARTS, TILES, STAGES,
+        )  # fmt: skip
+    else:
+        return narrow.tile(
+            x, rows, count, words, scales, expert, column, split,
+            IN, OUT, SPLITS, OUTPUTS, PARTS, TILES, STAGES,
+        )  # fmt: skip
 
 
 @gluon.jit
-def _pairs(order, start, count, SORTED: gl.constexpr, TOKENS: gl.constexpr):
-    """The pairs of a block's rows, i64 [TOKENS]; pair 0 for those past its end."""
-    row = _rows(start, TOKENS)
+def _rows(start, TOKENS: gl.constexpr, LAYOUT: gl.constexpr):
+    """The rows of a block: i32 [TOKENS], of that layout."""
+    return start + gl.arange(0, TOKENS, layout=LAYOUT)
+
+
+@gluon.jit
+def _pairs(order, start, count, SORTED: gl.constexpr, TOKENS: gl.constexpr, LAYOUT: gl.constexpr):
+    """The pairs of a block's rows: i32 [TOKENS]; pair 0 for those past its end."""
+    row = _rows(start, TOKENS, LAYOUT)
     if SORTED:
-        return gl.load(order + row, mask=row < start + count, other=0).to(gl.int64)
+        return gl.load(order + row, mask=row < start + count, other=0)
     else:
         return gl.where(row < start + count, row, 0)
 
 
+@triton.constexpr_function
+def _stored(warps):
+    """The layout in which rows are written: 16 or 32 bytes a lane."""
+    return gl.BlockedLayout([1, 8], [8, 4], [warps, 1], [1, 0])
+
+
 @gluon.jit
 def _store_rows(out, values, row, count, column, OUT: gl.constexpr):
-    """Writes values [OUTPUTS, TOKENS] to the rows, i64 [TOKENS], of out [*, OUT]."""
-    ROWS: gl.constexpr = gl.BlockedLayout([1, 8], [8, 4], [gl.num_warps(), 1], [1, 0])
+    """Writes values [OUTPUTS, TOKENS] to the rows, i32 or i64 [TOKENS], of out [*, OUT]."""
+    ROWS: gl.constexpr = _stored(gl.num_warps())
     values = gl.permute(values.to(out.dtype.element_ty), [1, 0])
     values = gl.convert_layout(values, ROWS)
     m = gl.arange(0, values.shape[0], layout=gl.SliceLayout(1, ROWS))
     n = gl.arange(0, values.shape[1], layout=gl.SliceLayout(0, ROWS)) + column * values.shape[1]
-    row = gl.convert_layout(row, gl.SliceLayout(1, ROWS))
     inside = (m < count)[:, None] & (n < OUT)[None, :]
-    gl.store(out + (row * OUT)[:, None] + n[None, :], values, mask=inside)
+    gl.store(out + (row.to(gl.int64) * OUT)[:, None] + n[None, :], values, mask=inside)
 
 
 @gluon.jit
@@ -172,24 +203,33 @@ def gate_up_kernel(
     HEIGHTS: gl.constexpr,
     TILES: gl.constexpr,
     STAGES: gl.constexpr,
+    INSTRUCTION: gl.constexpr,
 ):
     """Each pair's token times its expert's weight, activated; sorted by expert where SORTED."""
     COLUMNS: gl.constexpr = (OUT + OUTPUTS - 1) // OUTPUTS
+    ROWS: gl.constexpr = gl.SliceLayout(1, weights.read(gl.num_warps()))
+    STORED: gl.constexpr = gl.SliceLayout(1, _stored(gl.num_warps()))
     expert, start, count, column, split = _place(
-        ids, group_sizes, num_pairs, E, SORTED, HEIGHTS[len(HEIGHTS) - 1], COLUMNS, 1
+        ids, group_sizes, num_pairs, E, SORTED, _capacity(HEIGHTS, len(HEIGHTS) - 1), COLUMNS, 1
     )
     if expert == E:
         return
     for i in gl.static_range(len(HEIGHTS)):
         if _fits(count, HEIGHTS, i):
-            TOKENS: gl.constexpr = HEIGHTS[i]
-            token = _pairs(order, start, count, SORTED, TOKENS) // K
-            total = tile(
-                x, token, count, words, scales, expert, column, split,
-                IN, OUT, 1, OUTPUTS, TOKENS, TILES, STAGES,
+            rows = ()
+            for p in gl.static_range(len(HEIGHTS[i])):
+                first = weights.before(HEIGHTS[i], p)
+                pair = _pairs(order, start + first, count - first, SORTED, HEIGHTS[i][p], ROWS)
+                rows = rows + (pair // K,)
+            totals = _tile(
+                x, rows, count, words, scales, expert, column, split,
+                IN, OUT, 1, OUTPUTS, HEIGHTS[i], TILES, STAGES, INSTRUCTION,
             )  # fmt: skip
-            values = _gated(total, factor, bias, expert, column, ALPHA, BETA, LIMIT, OUT)
-            _store_rows(hidden, values, _rows(start, TOKENS), count, column, OUT // 2)
+            for p in gl.static_range(len(HEIGHTS[i])):
+                first = weights.before(HEIGHTS[i], p)
+                values = _gated(totals[p], factor, bias, expert, column, ALPHA, BETA, LIMIT, OUT)
+                row = _rows(start + first, HEIGHTS[i][p], STORED)
+                _store_rows(hidden, values, row, count - first, column, OUT // 2)
 
 
 @gluon.jit(do_not_specialize=["num_pairs"])
@@ -214,29 +254,48 @@ def down_kernel(
     HEIGHTS: gl.constexpr,
     TILES: gl.constexpr,
     STAGES: gl.constexpr,
+    INSTRUCTION: gl.constexpr,
 ):
     """The rows of `gate_up_kernel` times their expert's weight, weighted, in the order of pairs."""
     COLUMNS: gl.constexpr = (OUT + OUTPUTS - 1) // OUTPUTS
+    ROWS: gl.constexpr = gl.SliceLayout(1, weights.read(gl.num_warps()))
+    STORED: gl.constexpr = gl.SliceLayout(1, _stored(gl.num_warps()))
     expert, start, count, column, split = _place(
-        ids, group_sizes, num_pairs, E, SORTED, HEIGHTS[len(HEIGHTS) - 1], COLUMNS, SPLITS
+        ids,
+        group_sizes,
+        num_pairs,
+        E,
+        SORTED,
+        _capacity(HEIGHTS, len(HEIGHTS) - 1),
+        COLUMNS,
+        SPLITS,
     )
     if expert == E:
         return
     for i in gl.static_range(len(HEIGHTS)):
         if _fits(count, HEIGHTS, i):
-            TOKENS: gl.constexpr = HEIGHTS[i]
-            total = tile(
-                hidden, _rows(start, TOKENS), count, words, scales, expert, column, split,
-                IN, OUT, SPLITS, OUTPUTS, TOKENS, TILES, STAGES,
+            rows = ()
+            for p in gl.static_range(len(HEIGHTS[i])):
+                first = weights.before(HEIGHTS[i], p)
+                rows = rows + (_rows(start + first, HEIGHTS[i][p], ROWS),)
+            totals = _tile(
+                hidden, rows, count, words, scales, expert, column, split,
+                IN, OUT, SPLITS, OUTPUTS, HEIGHTS[i], TILES, STAGES, INSTRUCTION,
             )  # fmt: skip
-            total, n = _scaled(total, factor, expert, column, OUT)
-            biased = n < gl.where(split == 0, OUT, 0)  # one split adds it
-            terms = gl.load(bias + expert * OUT + n, mask=biased, other=0.0)
-            total += terms.to(gl.float32)[:, None]
-            pair = _pairs(order, start, count, SORTED, TOKENS)
-            weight = gl.load(pair_weight + pair)
-            total *= gl.convert_layout(weight, gl.SliceLayout(0, total.type.layout))[None, :]
-            _store_rows(y, total, pair * SPLITS + split, count, column, OUT)
+            for p in gl.static_range(len(HEIGHTS[i])):
+                first = weights.before(HEIGHTS[i], p)
+                total, n = _scaled(totals[p], factor, expert, column, OUT)
+                biased = n < gl.where(split == 0, OUT, 0)  # one split adds it
+                terms = gl.load(bias + expert * OUT + n, mask=biased, other=0.0)
+                total += terms.to(gl.float32)[:, None]
+                pair = _pairs(
+                    order, start + first, count - first, SORTED, HEIGHTS[i][p],
+                    gl.SliceLayout(0, total.type.layout),
+                )  # fmt: skip
+                total *= gl.load(pair_weight + pair)[None, :]
+                pair = _pairs(order, start + first, count - first, SORTED, HEIGHTS[i][p], STORED)
+                row = pair.to(gl.int64) * SPLITS + split
+                _store_rows(y, total, row, count - first, column, OUT)
 
 
 @gluon.jit(do_not_specialize=["num_rows"])
@@ -255,20 +314,36 @@ def rows_kernel(
     HEIGHTS: gl.constexpr,
     TILES: gl.constexpr,
     STAGES: gl.constexpr,
+    INSTRUCTION: gl.constexpr,
 ):
     """Rows sorted by expert times their expert's weight. Rows past the sum are not written."""
     COLUMNS: gl.constexpr = (OUT + OUTPUTS - 1) // OUTPUTS
+    ROWS: gl.constexpr = gl.SliceLayout(1, weights.read(gl.num_warps()))
+    STORED: gl.constexpr = gl.SliceLayout(1, _stored(gl.num_warps()))
     expert, start, count, column, split = _place(
-        group_sizes, group_sizes, num_rows, E, True, HEIGHTS[len(HEIGHTS) - 1], COLUMNS, 1
+        group_sizes,
+        group_sizes,
+        num_rows,
+        E,
+        True,
+        _capacity(HEIGHTS, len(HEIGHTS) - 1),
+        COLUMNS,
+        1,
     )
     if expert == E:
         return
     for i in gl.static_range(len(HEIGHTS)):
         if _fits(count, HEIGHTS, i):
-            TOKENS: gl.constexpr = HEIGHTS[i]
-            total = tile(
-                x, _rows(start, TOKENS), count, words, scales, expert, column, split,
-                IN, OUT, 1, OUTPUTS, TOKENS, TILES, STAGES,
+            rows = ()
+            for p in gl.static_range(len(HEIGHTS[i])):
+                first = weights.before(HEIGHTS[i], p)
+                rows = rows + (_rows(start + first, HEIGHTS[i][p], ROWS),)
+            totals = _tile(
+                x, rows, count, words, scales, expert, column, split,
+                IN, OUT, 1, OUTPUTS, HEIGHTS[i], TILES, STAGES, INSTRUCTION,
             )  # fmt: skip
-            total, n = _scaled(total, factor, expert, column, OUT)
-            _store_rows(result, total, _rows(start, TOKENS), count, column, OUT)
+            for p in gl.static_range(len(HEIGHTS[i])):
+                first = weights.before(HEIGHTS[i], p)
+                total, n = _scaled(totals[p], factor, expert, column, OUT)
+                row = _rows(start + first, HEIGHTS[i][p], STORED)
+                _store_rows(result, total, row, count - first, column, OUT)

@@ -89,8 +89,8 @@ def _place(
 @triton.jit
 def _fits(count, HEIGHTS: tl.constexpr, i: tl.constexpr):
     """Whether the i-th of the ascending heights is the least that holds so many rows."""
-    fits = count <= HEIGHTS[i] if i + 1 < len(HEIGHTS) else count > 0
-    return fits & (count > HEIGHTS[i - 1]) if i > 0 else fits
+    fits = count <= HEIGHTS[i][0] if i + 1 < len(HEIGHTS) else count > 0
+    return fits & (count > HEIGHTS[i - 1][0]) if i > 0 else fits
 
 
 @triton.jit
@@ -235,17 +235,18 @@ def gate_up_kernel(
     HEIGHTS: tl.constexpr,
     TILES: tl.constexpr,
     STAGES: tl.constexpr,
+    INSTRUCTION: tl.constexpr,
 ):
     """Each pair's token times its expert's weight, activated; sorted by expert where SORTED."""
     COLUMNS: tl.constexpr = (OUT + OUTPUTS - 1) // OUTPUTS
     expert, start, count, column, split = _place(
-        ids, group_sizes, num_pairs, E, SORTED, HEIGHTS[len(HEIGHTS) - 1], COLUMNS, 1
+        ids, group_sizes, num_pairs, E, SORTED, HEIGHTS[len(HEIGHTS) - 1][0], COLUMNS, 1
     )
     if expert == E:
         return
     for i in tl.static_range(len(HEIGHTS)):
         if _fits(count, HEIGHTS, i):
-            TOKENS: tl.constexpr = HEIGHTS[i]
+            TOKENS: tl.constexpr = HEIGHTS[i][0]
             token = _pairs(order, start, count, SORTED, TOKENS) // K
             total = _tile(
                 x, token, count, words, scales, expert, column, split,
@@ -277,17 +278,18 @@ def down_kernel(
     HEIGHTS: tl.constexpr,
     TILES: tl.constexpr,
     STAGES: tl.constexpr,
+    INSTRUCTION: tl.constexpr,
 ):
     """The rows of `gate_up_kernel` times their expert's weight, weighted, in the order of pairs."""
     COLUMNS: tl.constexpr = (OUT + OUTPUTS - 1) // OUTPUTS
     expert, start, count, column, split = _place(
-        ids, group_sizes, num_pairs, E, SORTED, HEIGHTS[len(HEIGHTS) - 1], COLUMNS, SPLITS
+        ids, group_sizes, num_pairs, E, SORTED, HEIGHTS[len(HEIGHTS) - 1][0], COLUMNS, SPLITS
     )
     if expert == E:
         return
     for i in tl.static_range(len(HEIGHTS)):
         if _fits(count, HEIGHTS, i):
-            TOKENS: tl.constexpr = HEIGHTS[i]
+            TOKENS: tl.constexpr = HEIGHTS[i][0]
             total = _tile(
                 hidden, _rows(start, TOKENS), count, words, scales, expert, column, split,
                 IN, OUT, SPLITS, OUTPUTS, TOKENS, TILES, STAGES,
@@ -317,17 +319,18 @@ def rows_kernel(
     HEIGHTS: tl.constexpr,
     TILES: tl.constexpr,
     STAGES: tl.constexpr,
+    INSTRUCTION: tl.constexpr,
 ):
     """Rows sorted by expert times their expert's weight. Rows past the sum are not written."""
     COLUMNS: tl.constexpr = (OUT + OUTPUTS - 1) // OUTPUTS
     expert, start, count, column, split = _place(
-        group_sizes, group_sizes, num_rows, E, True, HEIGHTS[len(HEIGHTS) - 1], COLUMNS, 1
+        group_sizes, group_sizes, num_rows, E, True, HEIGHTS[len(HEIGHTS) - 1][0], COLUMNS, 1
     )
     if expert == E:
         return
     for i in tl.static_range(len(HEIGHTS)):
         if _fits(count, HEIGHTS, i):
-            TOKENS: tl.constexpr = HEIGHTS[i]
+            TOKENS: tl.constexpr = HEIGHTS[i][0]
             total = _tile(
                 x, _rows(start, TOKENS), count, words, scales, expert, column, split,
                 IN, OUT, 1, OUTPUTS, TOKENS, TILES, STAGES,

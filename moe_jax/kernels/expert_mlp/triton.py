@@ -126,6 +126,7 @@ def _multiply(
         IN=in_size,
         OUT=out_size,
         E=num_experts,
+        INSTRUCTION=config.instruction,
         OUTPUTS=config.outputs,
         HEIGHTS=config.heights,
         TILES=config.tiles,

@@ -1,0 +1,118 @@
+"""Many tokens times tiled MXFP4 weights: tensor cores that are kept busy.
+
+While the warpgroup's matrix instruction works on one tile of weights, the warps decode the next.
+
+This module imports Triton: import it only where a lowering for CUDA needs it.
+"""
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
+# pyright: reportGeneralTypeIssues=false, reportAttributeAccessIssue=false
+# pyright: reportAssignmentType=false, reportIndexIssue=false
+# (what kernels are written in looks like Python, but its types are not)
+
+import triton
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import async_copy
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from moe_jax.kernels.expert_mlp import weights
+
+
+@triton.constexpr_function
+def _product(warps, tokens):
+    """The layout of a product of so many columns."""
+    return gl.NVMMADistributedLayout([3, 0], [warps, 1], [16, tokens, 16])
+
+
+@triton.constexpr_function
+def _operand(warps, tokens):
+    """That of its left operand, which lies in registers alike however many columns there are."""
+    return gl.DotOperandLayout(0, _product(warps, tokens), 2)
+
+
+@gluon.jit
+def tile(
+    x,
+    rows,
+    count,
+    words,
+    scales,
+    expert,
+    column,
+    split,
+    IN: gl.constexpr,
+    OUT: gl.constexpr,
+    SPLITS: gl.constexpr,
+    OUTPUTS: gl.constexpr,
+    PARTS: gl.constexpr,
+    TILES: gl.constexpr,
+    STAGES: gl.constexpr,
+):
+    """See `narrow.tile`."""
+    WARPS: gl.constexpr = gl.num_warps()
+    SPAN: gl.constexpr = IN // 64 // SPLITS
+    STEPS: gl.constexpr = SPAN // TILES
+    LEFT: gl.constexpr = _operand(WARPS, PARTS[0])
+    SHARED: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
+
+    words_at, scales_at = weights.addresses(
+        words, scales, expert, column, split, IN, OUT, SPLITS, OUTPUTS
+    )
+    packed, exponents = weights.load(words_at, scales_at, TILES)
+    x_at, inside, shared, totals = (), (), (), ()
+    for p in gl.static_range(len(PARTS)):
+        at, known = weights.rows_at(
+            x, rows[p], count - weights.before(PARTS, p), split * (SPAN * 64), IN
+        )
+        x_at, inside = x_at + (at,), inside + (known,)
+        shared = shared + (
+            gl.allocate_shared_memory(gl.bfloat16, [STAGES * TILES, PARTS[p], 64], SHARED),
+        )
+        totals = totals + (gl.zeros([OUTPUTS, PARTS[p]], gl.float32, _product(WARPS, PARTS[p])),)
+    for i in gl.static_range(STAGES - 1):
+        for p in gl.static_range(len(PARTS)):
+            weights.copy_rows(shared[p], i, x_at[p], inside[p] & (i < STEPS), TILES)
+            x_at = x_at[:p] + (x_at[p] + 64 * TILES,) + x_at[p + 1 :]
+        async_copy.commit_group()
+
+    left = weights.decode(packed[0], exponents[0], OUTPUTS, LEFT)
+    ahead = TILES if STEPS > 1 else 0
+    packed = packed[1:] + (gl.load(words_at + ahead * 128),)
+    exponents = exponents[1:] + (gl.load(scales_at + ahead * 8),)
+    slot = 0
+    for i in range(0, STEPS):
+        async_copy.wait_group(STAGES - 2)
+        fence_async_shared()
+        gl.barrier()
+        # the last step reads its own weights again
+        words_at += (i + 1 < STEPS).to(gl.int32) * (128 * TILES)
+        scales_at += (i + 1 < STEPS).to(gl.int32) * (8 * TILES)
+        for u in gl.static_range(TILES):
+            for p in gl.static_range(len(PARTS)):
+                total = warpgroup_mma(
+                    gl.convert_layout(left, _operand(WARPS, PARTS[p]), assert_trivial=True),
+                    shared[p].index(slot * TILES + u).permute((1, 0)),
+                    totals[p],
+                    is_async=True,
+                )
+                totals = totals[:p] + (total,) + totals[p + 1 :]
+            if u == 0:
+                free = slot + STAGES - 1
+                free = gl.where(free >= STAGES, free - STAGES, free)
+                for p in gl.static_range(len(PARTS)):
+                    known = inside[p] & (i + STAGES - 1 < STEPS)
+                    weights.copy_rows(shared[p], free, x_at[p], known, TILES)
+                    x_at = x_at[:p] + (x_at[p] + 64 * TILES,) + x_at[p + 1 :]
+                async_copy.commit_group()
+            following = weights.decode(packed[0], exponents[0], OUTPUTS, LEFT)
+            ahead = gl.where(i + 2 < STEPS, TILES, 0) if u + 1 == TILES else u + 1
+            packed = packed[1:] + (gl.load(words_at + ahead * 128),)
+            exponents = exponents[1:] + (gl.load(scales_at + ahead * 8),)
+            waited = warpgroup_mma_wait(0, deps=totals + (left,))
+            totals, left = waited[:-1], following
+        slot = gl.where(slot == STAGES - 1, 0, slot + 1)
+    return totals
