@@ -4,16 +4,16 @@ A warp multiplies tiles of 16 outputs by 64 inputs. Each of its 32 lanes needs c
 tile, and here they lie side by side: one load of 16 bytes a lane brings a tile in. Within a 16-bit
 half the bits of four codes lie where a shift and a mask make bfloat16 numbers of them.
 
-    lane = 4 g + t, word = 2 r + a                 g 0..7, t 0..3, r 0..1, a 0..1
+    lane = 4 g + t, word = 2 a + r                 g 0..7, t 0..3, r 0..1, a 0..1
     row of the tile = 2 g + r
-    input of the tile = 32 a + 4 o + 2 t + b       code o 0..3 of the half b (0 is the low one)
+    input of the tile = 32 a + 8 o + 2 t + b       code o 0..3 of the half b (0 is the low one)
 
     bits of a half     15  14  13  12  11  10  9  8 7 6  5 4 3  2 1 0
     code o, S sign     0S  3S  3   1S  3   3   2S 0 0 0  1 1 1  2 2 2
 
 A code moved to where code 0 lies is a bfloat16 number, 2^126 times smaller than what it stands for.
 The scales make up for that. They are exponents of floats, scale + 126 - offset, as bytes: byte
-2 r + a of the word of g is that of row 2 g + r, block a. `offset` keeps them below 255, the byte
+2 a + r of the word of g is that of row 2 g + r, block a. `offset` keeps them below 255, the byte
 for the scale 255, NaN. It is 0 unless an expert has scales above 128.
 """
 
@@ -255,7 +255,7 @@ def _pack_codes(blocks: jax.Array) -> jax.Array:
         halves = (byte & 15) | (byte >> 4) << 16
         for mask, shift in bits:
             words |= (halves & (mask * 0x10001)) << shift
-    words = _move_last(words, (0, 3, 1, 5, 2, 4))  # g t r a
+    words = _move_last(words, (0, 3, 1, 5, 4, 2))  # g t a r
     return lax.bitcast_convert_type(words.reshape(*lead, *tiles, 32, 4), jnp.int32)
 
 
@@ -270,7 +270,7 @@ def _pack_scales(scales: jax.Array, offset: jax.Array) -> jax.Array:
     words: Any = 0
     for r in range(2):
         for a in range(_BLOCKS):
-            words |= grid[..., r, :, a] << (8 * (2 * r + a))
+            words |= grid[..., r, :, a] << (8 * (2 * a + r))
     return lax.bitcast_convert_type(jnp.swapaxes(words, -1, -2), jnp.int32)
 
 
@@ -287,8 +287,8 @@ def _unpack_codes(words: jax.Array) -> jax.Array:
     """int32 [..., tile_out, tile_in, lane, word] -> uint8 [..., out, block, byte]."""
     *lead, tile_out, tile_in, _, _ = words.shape
     grid = lax.bitcast_convert_type(words, jnp.uint32)
-    grid = grid.reshape(*lead, tile_out, tile_in, 8, 4, 2, _BLOCKS)  # g t r a
-    grid = _move_last(grid, (0, 2, 4, 1, 5, 3))  # g r . a t
+    grid = grid.reshape(*lead, tile_out, tile_in, 8, 4, _BLOCKS, 2)  # g t a r
+    grid = _move_last(grid, (0, 2, 5, 1, 4, 3))  # g r . a t
     codes = []
     for bits in _BITS:
         halves: Any = 0
@@ -304,7 +304,7 @@ def _unpack_scales(scales: jax.Array, offset: jax.Array) -> jax.Array:
     *lead, tile_out, tile_in, _ = scales.shape
     grid = lax.bitcast_convert_type(jnp.swapaxes(scales, -1, -2), jnp.uint32)
     four = [(grid >> (8 * n) & 255).astype(jnp.int32) for n in range(4)]
-    rows = [jnp.stack(four[2 * r : 2 * r + _BLOCKS], -1) for r in range(2)]
+    rows = [jnp.stack(four[r::2], -1) for r in range(2)]
     moved = jnp.stack(rows, -3).reshape(*lead, tile_out * TILE_OUT, tile_in * _BLOCKS)
     known = moved - _BIAS + offset[..., None, None]
     return jnp.where(moved == _NAN_SCALE, _NAN_SCALE, known).astype(jnp.uint8)

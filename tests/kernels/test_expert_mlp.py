@@ -6,6 +6,7 @@ Values on the CPU are those of the definition; the kernels are interpreted by an
 import dataclasses
 import importlib
 import math
+import re
 
 import jax
 import jax.numpy as jnp
@@ -400,8 +401,9 @@ def test_every_configuration_fits_the_gpu(monkeypatch, capability, regimes, inde
         large_weight(SIZE, SIZE),
         shape(jnp.float32, expert=32, out=SIZE),
     )
-    x = jax.ShapeDtypeStruct((3, SIZE), jnp.bfloat16)
-    ids, weights = (jax.ShapeDtypeStruct((3, 4), t) for t in (jnp.int32, jnp.float32))
+    tokens = 3 if regimes[index].rows < math.inf else 2048  # of many, sums are kept in bfloat16
+    x = jax.ShapeDtypeStruct((tokens, SIZE), jnp.bfloat16)
+    ids, weights = (jax.ShapeDtypeStruct((tokens, 4), t) for t in (jnp.int32, jnp.float32))
     found = compile_calls(
         monkeypatch, capability, regimes, index, triton.layer, experts, x, ids, weights
     )
@@ -457,3 +459,22 @@ def test_blocks_are_enough_for_any_sizes(rng):
 def test_interpreted():
     pytest.importorskip("triton", reason=MISSING)
     run_interpreted("interpreted_expert_mlp.py")
+
+
+@pytest.mark.parametrize("size", [64, 192, 2880])
+@pytest.mark.parametrize("index", [2, len(configs.HOPPER) - 1])
+def test_words_keep_their_order(monkeypatch, index, size):
+    """The assembly that decodes a lane's words knows which scale belongs to which of them."""
+    pytest.importorskip("triton", reason=MISSING)
+    rows, sizes = jax.ShapeDtypeStruct((40, size), jnp.bfloat16), jnp.zeros(32, jnp.int32)
+    weight = large_weight(128, size)
+    found = compile_calls(
+        monkeypatch, 90, configs.HOPPER, index, triton.multiply_rows, rows, weight, sizes
+    )
+    ttgir = found["rows_kernel"].ttgir
+    layouts = dict(re.findall(r"^(#\w+) = (.*)$", ttgir, re.MULTILINE))
+    used = set(re.findall(r"tt\.elementwise_inline_asm .*?: tensor<\w+, (#\w+)>", ttgir))
+    assert used
+    for name in used:
+        blocked = "sizePerThread = [1, 8], " in layouts[name]
+        assert blocked or "register = [[0, 1], [0, 2], [0, 4]" in layouts[name], layouts[name]

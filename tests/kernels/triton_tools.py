@@ -39,6 +39,7 @@ class Compiled:
     registers: int
     spills: int
     shared: int
+    ttgir: str
     ptx: str
     cubin: bytes
 
@@ -75,7 +76,7 @@ def compiled(
         options: further options of Triton's backend, such as `maxnreg`.
     """
     import triton
-    from triton.backends.compiler import GPUTarget
+    from triton.backends.compiler import GPUTarget, Language
     from triton.compiler import ASTSource
     from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
@@ -85,8 +86,12 @@ def compiled(
         for i, kind in enumerate(signature.values())
         if kind.startswith("*")
     }
-    language = GluonASTSource if isinstance(kernel, GluonJITFunction) else ASTSource
-    source = language(kernel, signature, dict(constants), aligned)
+    if isinstance(kernel, GluonJITFunction):
+        source = GluonASTSource(kernel, signature, dict(constants), aligned)
+        # jax-triton has the passes of plain Triton run over Gluon kernels, too
+        source.language, source.ext = Language.TRITON, "ttir"
+    else:
+        source = ASTSource(kernel, signature, dict(constants), aligned)
     log = io.StringIO()
     with contextlib.ExitStack() as scope:
         scope.enter_context(triton.knobs.nvidia.scope())
@@ -111,6 +116,7 @@ def compiled(
         registers=_number(r"Used (\d+) registers", usage),
         spills=_number(r"(\d+) bytes spill stores", usage),
         shared=result.metadata.shared,
+        ttgir=result.asm["ttgir"],
         ptx=result.asm["ptx"],
         cubin=result.asm["cubin"],
     )

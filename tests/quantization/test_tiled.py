@@ -62,7 +62,7 @@ def codes_of_tile(words: np.ndarray) -> np.ndarray:
     for lane in range(32):
         g, t = divmod(lane, 4)
         for word in range(4):
-            r, a = divmod(word, 2)
+            a, r = divmod(word, 2)
             bits = int(words[lane, word]) & 0xFFFFFFFF
             for b in range(2):
                 for o in range(4):
@@ -99,7 +99,7 @@ class TestLayout:
         for e, row, block in np.ndindex(raw.shape):
             g, r = divmod(row % 16, 2)
             word = words[e, row // 16, block // 2, g]
-            byte = word >> (8 * (2 * r + block % 2)) & 255
+            byte = word >> (8 * (2 * (block % 2) + r)) & 255
             s = raw[e, row, block]
             assert byte == (255 if s == 255 else int(s) + 126 - offset[e])
         factor = np.exp2(offset.astype(np.float64))[:, None].repeat(21, 1)

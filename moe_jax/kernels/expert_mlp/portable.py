@@ -30,7 +30,7 @@ def _decode(words, scales, OUTPUTS: tl.constexpr, DTYPE: tl.constexpr):
     """
     # the low half and the high half, in the upper half of 32 bits
     halves = tl.reshape(tl.join(words << 16, words), [2 * OUTPUTS, 8])
-    byte = tl.arange(0, 8) // 2  # of each word: 2 r + a
+    byte = tl.arange(0, 8) // 2  # of each word: 2 a + r
     scale = _as_float(((scales[:, None] >> (8 * byte)[None, :]) & 255) << 23)
     KEPT: tl.constexpr = 0x81C00000 - (1 << 32)  # as a signed number
     o0 = _as_float(halves & KEPT) * scale
@@ -40,8 +40,8 @@ def _decode(words, scales, OUTPUTS: tl.constexpr, DTYPE: tl.constexpr):
     high, low = (halves >> 5) & 0x01000000, (halves >> 4) & 0x00C00000
     o3 = _as_float(sign | high | low) * scale
     codes = tl.join(tl.join(o0.to(DTYPE), o1.to(DTYPE)), tl.join(o2.to(DTYPE), o3.to(DTYPE)))
-    codes = tl.reshape(codes, [OUTPUTS // 16, 8, 4, 2, 2, 2, 2, 2])  # w g t r a b h p
-    return tl.reshape(tl.permute(codes, [0, 3, 1, 4, 7, 6, 2, 5]), [OUTPUTS, 64])
+    codes = tl.reshape(codes, [OUTPUTS // 16, 8, 4, 2, 2, 2, 2, 2])  # w g t a r b h p
+    return tl.reshape(tl.permute(codes, [0, 4, 1, 3, 7, 6, 2, 5]), [OUTPUTS, 64])
 
 
 @triton.jit

@@ -162,6 +162,6 @@ def _bias(bias: Tagged) -> jax.Array:
 def _call(kernel: Any, *arguments: Any, **options: Any) -> Any:
     import jax_triton
 
-    return jax_triton.triton_call(
-        *arguments, kernel=kernel, backend_options={"enable_fp_fusion": True}, **options
-    )
+    # the kernels stage their loops themselves; jax-triton has Triton's passes do it again
+    options |= {"num_stages": 1, "backend_options": {"enable_fp_fusion": True}}
+    return jax_triton.triton_call(*arguments, kernel=kernel, **options)

@@ -80,7 +80,9 @@ def before(parts, p):
 def decode(words, scales, OUTPUTS: gl.constexpr, OPERAND: gl.constexpr):
     """words i32 [2 * OUTPUTS, 4], scales i32 [2 * OUTPUTS] -> bf16 [OUTPUTS, 64].
 
-    Row 16 w + 8 r + g of the result is output 16 w + 2 g + r, so that nothing changes lanes.
+    Row 16 w + 8 r + g of the result is output 16 w + 2 g + r, so that nothing changes lanes. The
+    four words keep their order, too: jax-triton has Triton's passes look for better layouts, and
+    another order of words would reach the assembly, which knows which scale belongs to which.
     """
     LANES: gl.constexpr = gl.BlockedLayout([1, 8], [32, 1], [gl.num_warps(), 1], [1, 0])
     halves = gl.join(words.to(gl.int16), (words >> 16).to(gl.int16))
@@ -96,8 +98,8 @@ def decode(words, scales, OUTPUTS: gl.constexpr, OPERAND: gl.constexpr):
         pack=8,
     )
     codes = gl.join(gl.join(o0, o1), gl.join(o2, o3))
-    codes = gl.reshape(codes, [OUTPUTS // 16, 8, 4, 2, 2, 2, 2, 2])  # w g t r a b h p
-    codes = gl.permute(codes, [0, 3, 1, 4, 7, 6, 2, 5])  # w r g a p h t b
+    codes = gl.reshape(codes, [OUTPUTS // 16, 8, 4, 2, 2, 2, 2, 2])  # w g t a r b h p
+    codes = gl.permute(codes, [0, 4, 1, 3, 7, 6, 2, 5])  # w r g a p h t b
     return gl.convert_layout(gl.reshape(codes, [OUTPUTS, 64]), OPERAND, assert_trivial=True)
 
 
