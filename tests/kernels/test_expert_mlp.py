@@ -361,7 +361,16 @@ def compile_calls(monkeypatch, capability, regimes, index, function, *arguments)
             name: "i32" if isinstance(value, int) else f"*{TYPES[str(value.dtype)]}"
             for name, value in values.items()
         }
-        code = compiled(kernel, kinds, constants, capability, num_warps=num_warps)
+        options = triton.compile_options(kernel)
+        code = compiled(
+            kernel,
+            kinds,
+            constants,
+            capability,
+            num_warps=num_warps,
+            num_stages=options["num_stages"],
+            **options["backend_options"],
+        )
         name = kernel.fn.__name__
         print(name, f"{code.registers} registers, {code.spills} spilled, {code.shared} shared")
         assert code.registers * num_warps * 32 <= 65536
@@ -388,6 +397,7 @@ TABLES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("capability", "regimes", "index"),
     TABLES,
@@ -461,20 +471,45 @@ def test_interpreted():
     run_interpreted("interpreted_expert_mlp.py")
 
 
-@pytest.mark.parametrize("size", [64, 192, 2880])
-@pytest.mark.parametrize("index", [2, len(configs.HOPPER) - 1])
-def test_words_keep_their_order(monkeypatch, index, size):
-    """The assembly that decodes a lane's words knows which scale belongs to which of them."""
+def rows_kernel(monkeypatch, index: int, size: int) -> str:
+    """What the grouped matmul of so many inputs becomes before it is machine code."""
     pytest.importorskip("triton", reason=MISSING)
     rows, sizes = jax.ShapeDtypeStruct((40, size), jnp.bfloat16), jnp.zeros(32, jnp.int32)
     weight = large_weight(128, size)
     found = compile_calls(
         monkeypatch, 90, configs.HOPPER, index, triton.multiply_rows, rows, weight, sizes
     )
-    ttgir = found["rows_kernel"].ttgir
+    return found["rows_kernel"].ttgir
+
+
+NARROW, WIDE = 2, len(configs.HOPPER) - 1
+
+
+@pytest.mark.parametrize(("index", "size"), [(NARROW, 64), (NARROW, 2880), (WIDE, 64), (WIDE, 192)])
+def test_words_keep_their_order(monkeypatch, index, size):
+    """The assembly that decodes a lane's words knows which scale belongs to which of them."""
+    ttgir = rows_kernel(monkeypatch, index, size)
     layouts = dict(re.findall(r"^(#\w+) = (.*)$", ttgir, re.MULTILINE))
     used = set(re.findall(r"tt\.elementwise_inline_asm .*?: tensor<\w+, (#\w+)>", ttgir))
     assert used
     for name in used:
         blocked = "sizePerThread = [1, 8], " in layouts[name]
         assert blocked or "register = [[0, 1], [0, 2], [0, 4]" in layouts[name], layouts[name]
+
+
+@pytest.mark.parametrize(("index", "size"), [(NARROW, 4096), (WIDE, 4096)])
+def test_loops_wait_where_they_say(monkeypatch, index, size):
+    """A product runs while the next weights are decoded; no copy outlives the loop."""
+    operations = re.findall(
+        r"ttg\.async_wait \{num = 0|warp_group_dot_wait|warp_group_dot |elementwise_inline_asm|"
+        r"ttg\.async_copy|scf\.yield|tt\.store",
+        rows_kernel(monkeypatch, index, size),
+    )
+    for before, after in zip(operations, operations[1:], strict=False):
+        assert (before, after) != ("warp_group_dot ", "warp_group_dot_wait")
+    if index == WIDE:
+        assert "warp_group_dot " in operations
+    stores = [i for i, name in enumerate(operations) if name == "tt.store"]
+    for store in stores:
+        waited = [n for n in operations[:store] if n.startswith("ttg.async")]
+        assert waited[-1] == "ttg.async_wait {num = 0"

@@ -96,4 +96,5 @@ def tile(
             for p in gl.static_range(len(PARTS)):
                 totals = totals[:p] + (mma_v2(left, rights[p], totals[p]),) + totals[p + 1 :]
         slot = gl.where(slot == STAGES - 1, 0, slot + 1)
+    async_copy.wait_group(0)  # what follows may use the same shared memory
     return totals

@@ -159,9 +159,18 @@ def _bias(bias: Tagged) -> jax.Array:
     return bias.untag("expert", "out")
 
 
+def compile_options(kernel: Any) -> dict[str, Any]:
+    """What jax-triton is to compile a kernel with, besides the number of warps.
+
+    It has the passes of plain Triton run over Gluon kernels, too. Without stages these leave loops
+    alone that are staged already; with one they would wait for each wgmma where it stands.
+    """
+    staged = hasattr(kernel, "is_gluon") and kernel.is_gluon()
+    return {"num_stages": 0 if staged else 1, "backend_options": {"enable_fp_fusion": True}}
+
+
 def _call(kernel: Any, *arguments: Any, **options: Any) -> Any:
     import jax_triton
 
-    # the kernels stage their loops themselves; jax-triton has Triton's passes do it again
-    options |= {"num_stages": 1, "backend_options": {"enable_fp_fusion": True}}
+    options |= compile_options(kernel)
     return jax_triton.triton_call(*arguments, kernel=kernel, **options)

@@ -115,4 +115,5 @@ def tile(
             waited = warpgroup_mma_wait(0, deps=totals + (left,))
             totals, left = waited[:-1], following
         slot = gl.where(slot == STAGES - 1, 0, slot + 1)
+    async_copy.wait_group(0)  # what follows may use the same shared memory
     return totals
