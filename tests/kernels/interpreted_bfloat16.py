@@ -110,6 +110,20 @@ def test_bad_rows_stay_with_their_expert(config, bad):
     np.testing.assert_allclose(of_weight[1:3], expected[2][1:3], rtol=0, atol=2e-5)
 
 
+@pytest.mark.filterwarnings("ignore:invalid value")
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("out", [40, 72, 48, 8])  # of steps of 16: some end in the next expert
+def test_bad_weights_stay_with_their_expert(config, out, bad):
+    sizes = [20, 0, 23, 5]
+    rows, weight, gradient = operands(48, 4, out, 56)
+    expected = oracle(rows, weight, gradient, sizes)
+    weight[[1, 3]] = bad
+    product, of_rows, _ = all_three(config, rows, weight, gradient, sizes)
+    np.testing.assert_allclose(product[:43], expected[0][:43], rtol=0, atol=2e-5)
+    np.testing.assert_allclose(of_rows[:43], expected[1][:43], rtol=0, atol=2e-5)
+    assert not np.isfinite(product[43:]).any() and not np.isfinite(of_rows[43:]).any()
+
+
 def test_wrong_sizes_reach_no_other_memory(config):
     """More rows than there are, and fewer than none, count as those there are."""
     arrays = operands(20, 3, 8, 12)

@@ -82,6 +82,21 @@ def test_odd_sizes_fit_the_gpu(operation, dtype):
     assert (TENSOR_CORES[90] in code.ptx) == (dtype == "bfloat16")
 
 
+@pytest.mark.parametrize("capability", [90, 100])
+def test_a_last_step_of_fewer_terms_fits_the_gpu(capability):
+    """By TMA, where the last block of weights has to be masked."""
+    n, k = HIDDEN, 2 * HIDDEN + 8
+    config = tiles.for_rows(32768, EXPERTS, (k, n), "bfloat16", capability)
+    assert config.descriptors and k % config.block_k
+    from moe_jax.kernels.grouped_matmul import triton_bfloat16 as kernels
+
+    plan = kernels.multiply_launch(32768, EXPERTS, n, k, config, n_inner=True)
+    code = compile_launch(plan, "bfloat16", capability)
+    print(f"{code.registers} registers, {code.spills} bytes spilled, {code.shared} bytes shared")
+    assert code.spills == 0 and code.shared <= SHARED[capability]
+    assert TENSOR_CORES[capability] in code.ptx
+
+
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("inner", [72, 13])
 def test_kernels_are_called_with_what_they_take(monkeypatch, inner, capability):

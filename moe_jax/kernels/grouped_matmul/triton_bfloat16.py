@@ -127,9 +127,17 @@ def multiply_kernel(
     k = tl.arange(0, BLOCK_K)
     if DESCRIPTORS:
         if N_INNER:
-            for step in range(0, K, BLOCK_K):
+            WHOLE: tl.constexpr = K // BLOCK_K * BLOCK_K
+            for step in range(0, WHOLE, BLOCK_K):
                 a = rows.load([row, step])
                 b = weight.load([expert * K + step, column])
+                total = tl.dot(a, b, total)
+            if WHOLE < K:
+                # the block ends in weights of the next expert; where those are not finite, the
+                # zeros that `a` ends in do not cancel them
+                a = rows.load([row, WHOLE])
+                b = weight.load([expert * K + WHOLE, column])
+                b = tl.where((k < K - WHOLE)[:, None], b, tl.zeros_like(b))
                 total = tl.dot(a, b, total)
         else:
             for step in range(0, K, BLOCK_K):
