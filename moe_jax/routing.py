@@ -147,13 +147,14 @@ def selection_scores(
     """What experts are selected by, {..., expert}; -inf for experts that are barred.
 
     Those are experts whose logit is -inf, whatever their score and bias, and experts of groups that
-    were not chosen.
+    were not chosen. In float32; no zero has its sign set.
     """
+    logits = logits.astype(jnp.float32)
     scores = logits if router.order == "after_top_k" else expert_scores(logits, router)
     if selection_bias is not None:
         scores = scores + selection_bias.astype(jnp.float32)
     barred = logits.order(*scores.axes).array == -jnp.inf
-    scores = scores.map(lambda array: jnp.where(barred, -jnp.inf, array))
+    scores = scores.map(lambda array: jnp.where(barred, -jnp.inf, _one_zero(array)))
     return scores if router.num_groups == 1 else _limit_groups(scores, router)
 
 
@@ -225,6 +226,15 @@ def _score(values: jax.Array, valid: jax.Array | None, router: Router) -> jax.Ar
         return _softmax(values)
     scores = jax.nn.sigmoid(values) if router.score == "sigmoid" else values
     return scores if valid is None else jnp.where(valid, scores, 0.0)
+
+
+def _one_zero(scores: jax.Array) -> jax.Array:
+    """Float32 scores with 0 for -0, which top_k takes to be less than 0.
+
+    Bits are compared, for numbers near zero may count as zero in a comparison of floats.
+    """
+    negative = jax.lax.bitcast_convert_type(scores, jnp.int32) == jnp.iinfo(jnp.int32).min
+    return jnp.where(negative, 0.0, scores)
 
 
 def _softmax(values: jax.Array) -> jax.Array:

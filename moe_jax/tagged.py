@@ -189,7 +189,7 @@ class Tagged:
         """The `k` largest entries along `axis` and their indices (int32), largest first.
 
         The axis `into` replaces `axis` and is the last. Of equal entries the one with the lowest
-        index comes first.
+        index comes first; -0 is less than 0.
         """
         size = self.size(axis)
         if not 0 < k <= size:

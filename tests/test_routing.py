@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 import moe_jax
 from moe_jax import Router, tag
-from moe_jax.routing import LINEAR_ROUTER, expert_scores, router_logits
+from moe_jax.routing import LINEAR_ROUTER, expert_scores, router_logits, selection_scores
 
 ROUTERS = {
     "gpt_oss": Router(),
@@ -64,6 +64,35 @@ def test_any_small_integers_with_ties(values, k, order, score, renormalize):
 def test_ties_go_to_the_lowest_index(router):
     ids = moe_jax.route(f32(np.zeros((2, 7)), "s", "expert"), 3, router).ids
     np.testing.assert_array_equal(ids.array, [[0, 1, 2]] * 2)
+
+
+@pytest.mark.parametrize("router", [Router(), LINEAR_ROUTER, Router(num_groups=2)])
+def test_zeros_of_either_sign_are_a_tie(router):
+    """top_k ranks -0 below 0; numbers next to zero are no tie with it."""
+    logits = np.array([[-0.0, 0.0, -1.0, -2.0], [0.0, -0.0, -1.0, -2.0], [0.0, 1e-40, -1.0, -2.0]])
+    for function in (moe_jax.route, jax.jit(moe_jax.route, static_argnums=(1, 2))):
+        ids = function(f32(logits, "s", "expert"), 1, router).ids
+        np.testing.assert_array_equal(ids.array, [[0], [0], [1]])
+    bias = moe_jax.route(
+        f32(logits[:1], "s", "expert"), 1, router, selection_bias=f32([-0.0, 0, 0, 0], "expert")
+    )
+    np.testing.assert_array_equal(bias.ids.array, [[0]])
+
+
+def test_selection_scores_are_float32_without_signed_zeros():
+    logits = tag(jnp.array([[-0.0, 0.0, 1.5, -jnp.inf]], jnp.bfloat16), "s", "expert")
+    scores = selection_scores(logits, Router()).array
+    assert scores.dtype == jnp.float32 and not np.signbit(scores[0, :2]).any()
+    np.testing.assert_array_equal(scores, [[0, 0, 1.5, -np.inf]])
+
+
+@pytest.mark.parametrize("zero", [0.0, -0.0])
+def test_a_logit_of_zero_has_its_gradient(zero):
+    gradient = jax.grad(lambda logits: moe_jax.route(logits, 2).weights.array[0, 0])(
+        f32([[zero, -1.0, -5.0]], "s", "expert")
+    )
+    slope = np.exp(-1.0) / (1 + np.exp(-1.0)) ** 2
+    np.testing.assert_allclose(gradient.array, [[slope, -slope, 0]], rtol=1e-5)
 
 
 def test_the_bias_selects_and_does_not_weigh(rng):

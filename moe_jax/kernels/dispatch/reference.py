@@ -15,8 +15,6 @@ def route_pairs(
     logits: jax.Array, token_mask: jax.Array | None = None, *, experts_per_token: int
 ) -> RoutedPairs:
     """See `api`."""
-    # top_k takes -0 to be less than 0
-    logits = jnp.where(logits == 0, 0, logits.astype(jnp.float32))
     mask = None if token_mask is None else Tagged(token_mask, ("s",))
     routing = route(Tagged(logits, ("s", "expert")), experts_per_token, token_mask=mask)
     ids = routing.ids.untag("s", "top_expert").astype(jnp.int32)
