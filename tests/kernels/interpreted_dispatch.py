@@ -132,6 +132,14 @@ def test_sorts_one_expert_named_by_all(rng):
     check_sorted(triton.sort_pairs(ids[:127], num_experts=3), ids[:127], 3)
 
 
+@pytest.mark.parametrize(
+    ("num_tokens", "num_experts", "k"), [(4096, 1, 16), (2048, 2, 32), (2000, 2, 40)]
+)
+def test_sorts_more_pairs_than_16_bits_count(num_tokens, num_experts, k):
+    ids = np.zeros((num_tokens, k), np.int32)
+    check_sorted(triton.sort_pairs(ids, num_experts=num_experts), ids, num_experts)
+
+
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, ml_dtypes.bfloat16])
 @pytest.mark.parametrize(
     ("num_tokens", "size", "k"), [(0, 8, 2), (1, 2880, 4), (5, 33, 3), (7, 1, 1)]

@@ -10,6 +10,7 @@ import pytest
 from triton_tools import CAPABILITIES, MISSING, compiled, run_interpreted
 
 from moe_jax.kernels.dispatch import combine_pairs, route_pairs, sort_pairs, triton
+from moe_jax.kernels.dispatch.blocks import count_bits, sort_blocks
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason=MISSING)
 
@@ -118,6 +119,40 @@ def test_what_is_lowered(monkeypatch, num_tokens, launches):
     assert count(lambda i: sort_pairs(i, 32), ids) == launches
     assert count(lambda i, y: combine_pairs(y, i, 32), ids, y) == min(1, num_tokens)
     assert count(lambda x: route_pairs(x, 4), logits, platform="cpu") == 0
+
+
+@pytest.mark.parametrize("k", [1, 2, 16, 17, 32, 40, 255, 256, 4097, 65535])
+@pytest.mark.parametrize("num_experts", [1, 2, 3, 32, 5000])
+def test_counts_of_a_tile_fit_their_bits(num_experts, k):
+    """A token may name one expert k times, and all tokens the same."""
+    for num_tokens in (1, 2, 15, 16, 2000, 2048, 4095, 4096, 4097, 10**6):
+        blocks = sort_blocks(num_tokens, num_experts, k)
+        assert blocks.tokens * k < 2 ** count_bits(blocks.tokens * k)
+        assert blocks.tokens * blocks.tiles * blocks.chunks >= num_tokens
+        if blocks.tokens < num_tokens and blocks.tokens * num_experts <= 1024:
+            assert blocks.tokens * 2 * k > 65535  # no tile is smaller than it must be
+
+
+def test_more_than_the_bits_of_counts_hold_is_refused():
+    assert [count_bits(n) for n in (0, 255, 256, 65535)] == [8, 8, 16, 16]
+    with pytest.raises(ValueError, match="16 bits, up to 65535, got 65536"):
+        count_bits(65536)
+
+
+def test_no_experts_per_token_launch_nothing(monkeypatch):
+    def call(*_, **__):
+        raise AssertionError("a kernel was launched")
+
+    monkeypatch.setattr(triton, "_call", call)
+    ids, y = jnp.zeros((3, 0), jnp.int32), jnp.zeros((0, 8), jnp.bfloat16)
+    order, sizes = triton.sort_pairs(ids, num_experts=5)
+    assert order.shape == (0,)
+    np.testing.assert_array_equal(sizes, np.zeros(5, np.int32))
+    result = triton.combine_pairs(y, ids, num_experts=5, dtype=jnp.float32)
+    np.testing.assert_array_equal(result, np.zeros((3, 8), np.float32))
+    for found, expected in zip(sort_pairs(ids, 5), (order, sizes), strict=True):
+        np.testing.assert_array_equal(found, expected)
+    np.testing.assert_array_equal(combine_pairs(y, ids, 5, jnp.float32), result)
 
 
 @pytest.mark.parametrize(("num_tokens", "num_experts", "k"), [(0, 5, 2), (1, 4, 4), (37, 11, 3)])

@@ -6,6 +6,7 @@ _ONE_PROGRAM = 4096  # tokens x experts up to which one program routes all
 _TILE = 2048  # tokens x experts of a tile where there are several programs
 _COUNTS = 16384  # chunks x experts that `place_pairs` reads at once
 _MOST_CHUNKS = 256
+_LARGEST_COUNT = 65535  # pairs of a tile, all of which may name one expert
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,8 +35,9 @@ def sort_blocks(num_tokens: int, num_experts: int, experts_per_token: int) -> So
     experts = power_of_two(num_experts)
     tokens = power_of_two(num_tokens)
     tiles = chunks = 1
-    if tokens * experts > max(_ONE_PROGRAM, experts):
-        tokens = max(1, min(tokens, _TILE // experts))
+    most = max(1, power_of_two(_LARGEST_COUNT // experts_per_token + 1) // 2)
+    if tokens > most or tokens * experts > max(_ONE_PROGRAM, experts):
+        tokens = max(1, min(tokens, most, _TILE // experts))
         tiles = power_of_two(-(-num_tokens // (tokens * _MOST_CHUNKS)))
         chunks = -(-num_tokens // (tokens * tiles))
     return SortBlocks(
@@ -81,7 +83,16 @@ def combine_blocks(size: int, itemsize: int) -> CombineBlocks:
 
 
 def count_bits(largest: int) -> int:
-    """Bits for counts up to `largest`, which is less than 65536: 8 or 16."""
+    """Bits for counts up to `largest`: 8 or 16.
+
+    Raises:
+        ValueError: `largest` is above 65535.
+    """
+    if largest > _LARGEST_COUNT:
+        raise ValueError(
+            f"counts are kept in 16 bits, up to {_LARGEST_COUNT}, got {largest}: name fewer "
+            "experts per token"
+        )
     return 8 if largest < 256 else 16
 
 

@@ -58,7 +58,7 @@ def sort_pairs(ids: jax.Array, *, num_experts: int) -> SortedPairs:
     from moe_jax.kernels.dispatch import triton_sort as kernels
 
     num_tokens, k = ids.shape
-    if not num_tokens:
+    if not ids.size:
         return SortedPairs(*_zeros(_int32(0), _int32(num_experts)))
     blocks = sort_blocks(num_tokens, num_experts, k)
     options = _options(blocks, num_experts, k)
@@ -89,7 +89,7 @@ def combine_pairs(y: jax.Array, ids: jax.Array, *, num_experts: int, dtype: Any)
 
     (num_tokens, k), size = ids.shape, y.shape[1]
     out = _type((num_tokens, size), dtype)
-    if not num_tokens or not size:
+    if not ids.size or not size:
         return _zeros(out)[0]
     blocks = combine_blocks(size, y.dtype.itemsize)
     return _call(
