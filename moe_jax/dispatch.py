@@ -9,7 +9,8 @@ Three algorithms compute the same function and differ in what they cost:
                 that did not choose it leaves the result alone, but makes gradients NaN.
     grouped     sorts (token, expert) pairs by expert and multiplies group by group. Multiplies
                 only what was chosen and reads each expert once: best for many tokens. Has
-                gradients, but no forward-mode derivatives.
+                gradients, but no forward-mode derivatives. The kernels for NVIDIA GPUs
+                (`moe_jax.kernels.expert_mlp`) compute it so for any number of tokens.
 
 The fourth computes another function:
 

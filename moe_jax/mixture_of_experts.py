@@ -63,7 +63,9 @@ def mixture_of_experts(
             other tokens.
         algorithm: `auto` chooses by the number of tokens, see `moe_jax.choose_algorithm`. One that
             is named is used; it never falls back to another. `grouped` has gradients but no
-            forward-mode derivatives (`jax.jvp`); `dense` has both.
+            forward-mode derivatives (`jax.jvp`); `dense` has both. On NVIDIA GPUs `auto` and
+            `grouped` run kernels where gpt-oss experts are prepared (`moe_jax.prepare_experts`)
+            and x is bfloat16; there `auto` has no forward-mode derivatives, whatever it chooses.
         token_mask: bool {...}; tokens that are False take no expert's room and get zeros.
         selection_bias: {expert}, added to what selects experts but not to what weighs them.
         overflow: what `fixed_budget` does with tokens that found their expert full: `reroute` to

@@ -39,11 +39,12 @@ def per_platform(
 
     Returns:
         A function (*arrays, implementation=None, **static). Static arguments are hashable.
-        `implementation` is None, or "triton" where `default` must not take the place of `cuda`.
-        Under `jax.vmap` it works on one batch element after the other.
+        `implementation` is None, "xla" for `default` everywhere, or "triton" where `default` must
+        not take the place of `cuda`. Under `jax.vmap` it works on one batch element after the other.
 
     Raises:
-        ValueError: on lowering `implementation="triton"` for another platform than CUDA.
+        ValueError: `implementation` is none of these; on lowering, it is "triton" for another
+            platform than CUDA.
         ImportError: on lowering `implementation="triton"` for CUDA without jax-triton.
     """
     primitive = jex.core.Primitive(f"moe_jax_{name}")
@@ -51,6 +52,7 @@ def per_platform(
     shaped = like or default
 
     def operation(*arrays: Any, implementation: str | None = None, **static: Any) -> Any:
+        check_implementation(implementation)
         shapes = jax.eval_shape(functools.partial(shaped, **static), *arrays)
         results = primitive.bind(*arrays, implementation=implementation, **static)
         return jax.tree.unflatten(jax.tree.structure(shapes), results)
@@ -74,8 +76,8 @@ def per_platform(
     lower_cuda = mlir.lower_fun(flat(cuda), multiple_results=True)
 
     def on_cuda(context: Any, *values: Any, implementation: str | None, **static: Any) -> Any:
-        lower = lower_cuda if _has_jax_triton(name, implementation) else lower_default
-        return lower(context, *values, **static)
+        kernel = implementation != "xla" and _has_jax_triton(name, implementation)
+        return (lower_cuda if kernel else lower_default)(context, *values, **static)
 
     def elsewhere(context: Any, *values: Any, implementation: str | None, **static: Any) -> Any:
         if implementation == "triton":
@@ -92,6 +94,12 @@ def per_platform(
     mlir.register_lowering(primitive, elsewhere)
     mlir.register_lowering(primitive, on_cuda, platform="cuda")
     return operation
+
+
+def check_implementation(implementation: str | None) -> None:
+    """Raises ValueError unless `implementation` is one there is."""
+    if implementation not in (None, "xla", "triton"):
+        raise ValueError(f"implementation must be 'xla', 'triton' or None, got {implementation!r}")
 
 
 def vary_together(*operands: Any) -> tuple[Any, ...]:
@@ -116,14 +124,26 @@ def vary_together(*operands: Any) -> tuple[Any, ...]:
 
 def no_gradient(array: jax.Array) -> Any:
     """The cotangent of an array that has no gradient, be it of integers or of floats."""
-    if jax.numpy.issubdtype(array.dtype, jax.numpy.integer):
-        return np.zeros(array.shape, jax.dtypes.float0)
-    return jax.numpy.zeros_like(array)
+    if jax.numpy.issubdtype(array.dtype, jax.numpy.inexact):
+        return jax.numpy.zeros_like(array)
+    return np.zeros(array.shape, jax.dtypes.float0)
 
 
 def cuda_capability() -> int:
-    """The compute capability of the GPU, 90 for 9.0. Call it only while lowering for CUDA."""
-    major, minor = jax.local_devices(backend="cuda")[0].compute_capability.split(".")
+    """The compute capability of this process's GPUs, 90 for 9.0.
+
+    Call it only while lowering for CUDA.
+
+    Raises:
+        ValueError: the process has GPUs of different capabilities.
+    """
+    found = {device.compute_capability for device in jax.local_devices(backend="cuda")}
+    if len(found) > 1:
+        raise ValueError(
+            f"kernels are lowered for GPUs of one compute capability, this process has {found}: "
+            "hide some with CUDA_VISIBLE_DEVICES, or use implementation='xla'"
+        )
+    major, minor = found.pop().split(".")
     return 10 * int(major) + int(minor)
 
 

@@ -206,8 +206,42 @@ def test_inside_other_transformations(oracle, rng):
         jax.shard_map(from_logits, mesh=mesh, in_specs=(P(), spec, spec), out_specs=spec)
     )
     check(sharded(experts, x, logits), np.asarray(one, np.float64))
-    gradient = jax.jit(jax.grad(lambda x: sharded(experts, x, logits).astype(jnp.float32).sum()))(x)
-    assert np.isfinite(np.asarray(gradient, np.float64)).all()
+
+
+def test_gradients_under_shard_map(oracle, rng):
+    """Of rows and logits, which are sharded, and of biases, which every device has."""
+    (x, _), logits = rows(rng, 8), jnp.asarray(rng.normal(size=(8, EXPERTS)), jnp.float32)
+    experts, cotangent = oracle.tiled(), rng.normal(size=(8, HIDDEN))
+    mesh = jax.make_mesh((4,), ("device",), axis_types=(jax.sharding.AxisType.Auto,))
+    spec = P("device")
+    sharded = jax.shard_map(from_logits, mesh=mesh, in_specs=(P(), spec, spec), out_specs=spec)
+
+    def gradients(layer):
+        def loss(biases, x, logits):
+            y = layer(dataclasses.replace(experts, **biases), x, logits)
+            return (y.astype(jnp.float32) * cotangent).sum()
+
+        biases = {"gate_up_bias": experts.gate_up_bias, "down_bias": experts.down_bias}
+        found = jax.jit(jax.grad(loss, (0, 1, 2)))(biases, x, logits)
+        return [np.asarray(g, np.float64) for g in jax.tree.leaves(found)]
+
+    for ours, expected in zip(gradients(sharded), gradients(from_logits), strict=True):
+        assert expected.any()
+        assert np.linalg.norm(ours - expected) < 0.01 * np.linalg.norm(expected)
+
+
+@jax.jit
+def without_experts(experts, x, weights):
+    return moe_jax.fused_experts(x, jnp.zeros((3, 0), jnp.int32), weights, experts)
+
+
+def test_no_experts_per_token(monkeypatch, oracle, rng):
+    (x, _), weights = rows(rng, 3), jnp.zeros((3, 0))
+    y = without_experts(oracle.tiled(), x, weights)
+    assert y.shape == x.shape and y.dtype == x.dtype and not np.asarray(y).any()
+    pytest.importorskip("triton", reason=MISSING)
+    pytest.importorskip("jax_triton", reason=MISSING)
+    assert not lowered(monkeypatch, 90, without_experts, oracle.tiled(), x, weights)
 
 
 def tagged(oracle: Layer, tokens: int) -> tuple[moe_jax.GptOssMLP, Tagged]:

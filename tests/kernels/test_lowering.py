@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -117,3 +118,26 @@ def test_without_jax_triton(monkeypatch):
 def test_importing_the_library_imports_no_triton():
     code = "import moe_jax, moe_jax.kernels.grouped_matmul, sys; assert 'triton' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_unknown_implementations_are_refused():
+    np.testing.assert_allclose(call(X, Y, "xla")["sum"], EXPECTED["sum"], rtol=1e-6)
+    with pytest.raises(ValueError, match="must be 'xla', 'triton' or None, got 'tritn'"):
+        call(X, Y, "tritn")
+
+
+def test_capability_is_that_of_all_gpus(monkeypatch):
+    def gpus(*capabilities: str) -> list[SimpleNamespace]:
+        return [SimpleNamespace(compute_capability=c) for c in capabilities]
+
+    monkeypatch.setattr(jax, "local_devices", lambda **_: gpus("9.0", "9.0"))
+    assert lowering.cuda_capability() == 90
+    monkeypatch.setattr(jax, "local_devices", lambda **_: gpus("9.0", "10.0"))
+    with pytest.raises(ValueError, match="one compute capability"):
+        lowering.cuda_capability()
+
+
+@pytest.mark.parametrize("dtype", [bool, jnp.int32, jnp.uint8])
+def test_what_has_no_gradient(dtype):
+    assert lowering.no_gradient(jnp.zeros(3, dtype)).dtype == jax.dtypes.float0
+    assert lowering.no_gradient(jnp.ones(3)).tolist() == [0, 0, 0]

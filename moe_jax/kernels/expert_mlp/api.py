@@ -46,6 +46,7 @@ def is_supported(experts: Any, x: Tagged) -> bool:
     return (
         type(experts) is GptOssMLP
         and all(isinstance(w, TiledMXFP4) for w in (experts.gate_up, experts.down))
+        and all(isinstance(b, Tagged) for b in (experts.gate_up_bias, experts.down_bias))
         and experts.activation.kind == "swiglu"
         and experts.activation.layout == "interleaved"
         and x.dtype == jnp.bfloat16
@@ -185,8 +186,8 @@ def _experts_per_token(routing: Routing | Logits) -> int:
 def _check(experts: GptOssMLP, x: Tagged, routing: Routing | Logits) -> None:
     if not is_supported(experts, x):
         raise TypeError(
-            "expert_mlp takes a GptOssMLP with two TiledMXFP4 weights and an interleaved swiglu, "
-            f"and bfloat16 rows, got {type(experts).__name__} and rows of {x.dtype}"
+            "expert_mlp takes a GptOssMLP with two TiledMXFP4 weights, biases and an interleaved "
+            f"swiglu, and bfloat16 rows, got {type(experts).__name__} and rows of {x.dtype}"
         )
     num_experts, size = experts.gate_up.size("expert"), x.size("d")
     inner = experts.down.size("in")
@@ -209,5 +210,10 @@ def _check(experts: GptOssMLP, x: Tagged, routing: Routing | Logits) -> None:
     for leaf in leaves:
         if leaf is not None and leaf.size("s") != x.size("s"):
             raise ValueError(f"axis 's' has different sizes in rows {x} and routing {leaf}")
-    if isinstance(routing, Logits) and routing.logits.size("expert") != num_experts:
+    if not isinstance(routing, Logits):
+        if routing.ids.sizes != routing.weights.sizes:
+            raise ValueError(
+                f"ids and weights must have the same sizes, got {routing.ids} and {routing.weights}"
+            )
+    elif routing.logits.size("expert") != num_experts:
         raise ValueError(f"expected logits of {num_experts} experts, got {routing.logits}")

@@ -34,6 +34,20 @@ class Config:
     tiles: int
     splits: int = 1
 
+    def __post_init__(self) -> None:
+        tokens = [sum(parts) for parts in self.heights]
+        if not tokens or tokens != sorted(set(tokens)):
+            raise ValueError(f"heights must ascend, got {self.heights}")
+        if self.instruction == "dot" and any(len(parts) > 1 for parts in self.heights):
+            raise ValueError(f"'dot' makes one product a height, got {self.heights}")
+        if self.instruction != "dot" and self.stages < 2:
+            raise ValueError(f"{self.instruction!r} needs 2 stages or more, got {self.stages}")
+        if self.outputs % (16 * self.num_warps):
+            raise ValueError(
+                f"outputs must be a multiple of 16 a warp, got {self.outputs} for "
+                f"{self.num_warps} warps"
+            )
+
     @property
     def tokens(self) -> int:
         """Tokens of a block."""

@@ -32,7 +32,8 @@ def _block_of(group_sizes, index, P: gl.constexpr, E: gl.constexpr, TOKENS: gl.c
     PADDED: gl.constexpr = max(32, 1 << (E - 1).bit_length())
     LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
     e = gl.arange(0, PADDED, layout=LAYOUT)
-    sizes = gl.maximum(gl.load(group_sizes + e, mask=e < E, other=0), 0)
+    sizes = gl.load(group_sizes + e, mask=e < E, other=0)
+    sizes = gl.minimum(gl.maximum(sizes, 0), P)
     blocks = (sizes + TOKENS - 1) // TOKENS
     passed = gl.associative_scan(blocks, 0, _add) <= index
     expert = gl.minimum(gl.sum(passed.to(gl.int32), 0), E)
@@ -87,6 +88,7 @@ def _tile(
     PARTS: gl.constexpr, TILES: gl.constexpr, STAGES: gl.constexpr, INSTRUCTION: gl.constexpr,
 ):  # fmt: skip
     """The tile's sums by the instruction that the configuration names."""
+    gl.static_assert(INSTRUCTION == "wgmma" or INSTRUCTION == "mma")
     if INSTRUCTION == "wgmma":
         return wide.tile(
             x, rows, count, words, scales, expert, column, split,

@@ -51,7 +51,8 @@ def _block_of(group_sizes, index, num_rows, E: tl.constexpr, TOKENS: tl.constexp
     Every expert's rows are cut into blocks of TOKENS. Sizes that are wrong reach no foreign memory.
     """
     e = tl.arange(0, triton.next_power_of_2(E))
-    sizes = tl.maximum(tl.load(group_sizes + e, mask=e < E, other=0), 0)
+    sizes = tl.load(group_sizes + e, mask=e < E, other=0)
+    sizes = tl.minimum(tl.maximum(sizes, 0), num_rows)
     blocks = (sizes + TOKENS - 1) // TOKENS
     passed = tl.cumsum(blocks, 0) <= index
     expert = tl.minimum(tl.sum(passed.to(tl.int32)), E)

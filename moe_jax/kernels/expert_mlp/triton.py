@@ -56,12 +56,12 @@ def multiply_rows(rows: jax.Array, weight: TiledMXFP4, group_sizes: jax.Array) -
         (group_sizes, num_rows),
         out,
     )
-    written = jnp.arange(num_rows) < group_sizes.sum()
+    written = jnp.arange(num_rows) < jnp.maximum(group_sizes, 0).sum()
     return jnp.where(written[:, None], result, jnp.zeros((), rows.dtype))
 
 
 def _layer(experts: Any, x: jax.Array, pairs: RoutedPairs) -> jax.Array:
-    if not x.size:
+    if not x.size or not pairs.ids.size:
         return jnp.zeros_like(x)
     (num_tokens, size), num_pairs = x.shape, pairs.pair_weight.shape[0]
     plan = _plan(experts, num_pairs)

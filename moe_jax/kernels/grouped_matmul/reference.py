@@ -11,10 +11,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from moe_jax.dtypes import accumulator
+from moe_jax.kernels.lowering import no_gradient
 from moe_jax.quantization.tiled import Packed
 from moe_jax.tagged import Tagged
 
@@ -109,8 +109,8 @@ def _backward(saved: Any, gradient: jax.Array) -> Any:
         array = outer_products(gradient, x, group_sizes.shape[0], weight.dtype, blocks)
         weight_gradient = Tagged(array, ("expert", "out", "in"))
     else:
-        weight_gradient = jax.tree.map(_no_gradient, weight)
-    return x_gradient, weight_gradient, _no_gradient(group_sizes)
+        weight_gradient = jax.tree.map(no_gradient, weight)
+    return x_gradient, weight_gradient, no_gradient(group_sizes)
 
 
 _grouped_matmul.defvjp(_forward, _backward)
@@ -159,10 +159,3 @@ def expert_weight(weight: Tagged | Packed, expert: Any, dtype: Any) -> Tagged:
     """The float weight {out, in} of one expert."""
     one = weight.take(expert, "expert")
     return one.astype(dtype) if isinstance(one, Tagged) else one.dequantize(dtype)
-
-
-def _no_gradient(array: jax.Array) -> Any:
-    """The cotangent of an array that has no gradient: of integers, or a packed weight's factors."""
-    if jnp.issubdtype(array.dtype, jnp.floating):
-        return jnp.zeros_like(array)
-    return np.zeros(array.shape, jax.dtypes.float0)
