@@ -74,7 +74,7 @@ def test_zeros_of_either_sign_are_a_tie(router):
         ids = function(f32(logits, "s", "expert"), 1, router).ids
         np.testing.assert_array_equal(ids.array, [[0], [0], [1]])
     bias = moe_jax.route(
-        f32(logits[:1], "s", "expert"), 1, router, selection_bias=f32([-0.0, 0, 0, 0], "expert")
+        f32(logits[:1], "s", "expert"), 1, router, selection_bias=f32(-np.zeros(4), "expert")
     )
     np.testing.assert_array_equal(bias.ids.array, [[0]])
 
@@ -89,7 +89,7 @@ def test_selection_scores_are_float32_without_signed_zeros():
 @pytest.mark.parametrize("zero", [0.0, -0.0])
 def test_a_logit_of_zero_has_its_gradient(zero):
     gradient = jax.grad(lambda logits: moe_jax.route(logits, 2).weights.array[0, 0])(
-        f32([[zero, -1.0, -5.0]], "s", "expert")
+        f32(np.array([[zero, -1.0, -5.0]]), "s", "expert")
     )
     slope = np.exp(-1.0) / (1 + np.exp(-1.0)) ** 2
     np.testing.assert_allclose(gradient.array, [[slope, -slope, 0]], rtol=1e-5)
