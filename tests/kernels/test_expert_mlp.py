@@ -490,6 +490,22 @@ def test_configurations_fit_the_inputs():
         assert size // 64 % (tiles * splits) == 0
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"heights": ((16,), (8,))}, "heights must ascend"),
+        ({"heights": ()}, "heights must ascend"),
+        ({"instruction": "dot", "heights": ((16, 8),)}, "one product a height"),
+        ({"stages": 1}, "needs 2 stages"),
+        ({"outputs": 96}, "a multiple of 16 a warp"),
+    ],
+)
+def test_configurations_that_no_kernel_runs_are_refused(changes, message):
+    good = configs.Config("mma", 64, ((8,), (16,)), num_warps=4, stages=2, tiles=5)
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(good, **changes)
+
+
 def test_blocks_are_enough_for_any_sizes(rng):
     config = configs.Config("mma", 64, ((8,), (8, 8)), num_warps=4, stages=2, tiles=5)
     for _ in range(200):
