@@ -40,7 +40,7 @@ def per_platform(
     Returns:
         A function (*arrays, implementation=None, **static). Static arguments are hashable.
         `implementation` is None, "xla" for `default` everywhere, or "triton" where `default` must
-        not take the place of `cuda`. Under `jax.vmap` it works on one batch element after the other.
+        not take the place of `cuda`. Under `jax.vmap` it works on one element after the other.
 
     Raises:
         ValueError: `implementation` is none of these; on lowering, it is "triton" for another
