@@ -63,6 +63,7 @@ def compile_calls(monkeypatch, capability, function, *arguments, **static):
         (1000, 256, 8, "float32"),
     ],
 )
+@pytest.mark.compiles
 def test_routing_compiles(monkeypatch, capability, num_tokens, num_experts, k, dtype):
     logits = jnp.zeros((num_tokens, num_experts), dtype)
     found = compile_calls(
@@ -75,6 +76,7 @@ def test_routing_compiles(monkeypatch, capability, num_tokens, num_experts, k, d
 
 @needs_triton
 @pytest.mark.parametrize("capability", CAPABILITIES)
+@pytest.mark.compiles
 def test_sorting_compiles(monkeypatch, capability):
     for num_tokens, num_experts, k in [(1, 32, 4), (128, 32, 4), (1000, 20, 3)]:
         ids = jnp.zeros((num_tokens, k), jnp.int32)
@@ -87,6 +89,7 @@ def test_sorting_compiles(monkeypatch, capability):
 @needs_triton
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.compiles
 def test_combining_reads_16_bytes_at_once(monkeypatch, capability, dtype):
     y, ids = jnp.zeros((20, 2880), dtype), jnp.zeros((5, 4), jnp.int32)
     found = compile_calls(

@@ -431,12 +431,12 @@ TABLES = [
 ]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("capability", "regimes", "index"),
     TABLES,
     ids=lambda v: str(v) if isinstance(v, int) else "hopper" if v is configs.HOPPER else "portable",
 )
+@pytest.mark.compiles
 def test_every_configuration_fits_the_gpu(monkeypatch, capability, regimes, index):
     pytest.importorskip("triton", reason=MISSING)
     experts = moe_jax.GptOssMLP(
@@ -460,6 +460,7 @@ def test_every_configuration_fits_the_gpu(monkeypatch, capability, regimes, inde
         assert instructions[config.instruction] in code.ptx
 
 
+@pytest.mark.compiles
 def test_grouped_matmul_fits_the_gpu(monkeypatch):
     pytest.importorskip("triton", reason=MISSING)
     rows, sizes = jax.ShapeDtypeStruct((40, SIZE), jnp.bfloat16), jnp.zeros(32, jnp.int32)
@@ -536,6 +537,7 @@ NARROW, WIDE = 2, len(configs.HOPPER) - 1
 
 
 @pytest.mark.parametrize(("index", "size"), [(NARROW, 64), (NARROW, 2880), (WIDE, 64), (WIDE, 192)])
+@pytest.mark.compiles
 def test_words_keep_their_order(monkeypatch, index, size):
     """The assembly that decodes a lane's words knows which scale belongs to which of them."""
     ttgir = rows_kernel(monkeypatch, index, size)
@@ -548,6 +550,7 @@ def test_words_keep_their_order(monkeypatch, index, size):
 
 
 @pytest.mark.parametrize(("index", "size"), [(NARROW, 4096), (WIDE, 4096)])
+@pytest.mark.compiles
 def test_loops_wait_where_they_say(monkeypatch, index, size):
     """A product runs while the next weights are decoded; no copy outlives the loop."""
     operations = re.findall(

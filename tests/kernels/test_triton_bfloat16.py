@@ -61,6 +61,7 @@ def compile_launch(launch, dtype: str, capability: int):
         ("weight_gradient", 32768),
     ],
 )
+@pytest.mark.compiles
 def test_fits_the_gpu(operation, rows, capability):
     plan = launch(operation, rows, HIDDEN, "bfloat16", capability)
     code = compile_launch(plan, "bfloat16", capability)
@@ -74,6 +75,7 @@ def test_fits_the_gpu(operation, rows, capability):
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 @pytest.mark.parametrize("operation", ["forward", "rows_gradient", "weight_gradient"])
+@pytest.mark.compiles
 def test_odd_sizes_fit_the_gpu(operation, dtype):
     """Sizes that TMA cannot load and no block divides; float32, whose products are exact."""
     code = compile_launch(launch(operation, 32768, 2887, dtype, 90), dtype, 90)
@@ -83,6 +85,7 @@ def test_odd_sizes_fit_the_gpu(operation, dtype):
 
 
 @pytest.mark.parametrize("capability", [90, 100])
+@pytest.mark.compiles
 def test_a_last_step_of_fewer_terms_fits_the_gpu(capability):
     """By TMA, where the last block of weights has to be masked."""
     n, k = HIDDEN, 2 * HIDDEN + 8
