@@ -118,15 +118,15 @@ def _pairs(order, start, count, SORTED: gl.constexpr, TOKENS: gl.constexpr, LAYO
 
 
 @triton.constexpr_function
-def _stored(warps):
-    """The layout in which rows are written: 16 or 32 bytes a lane."""
+def _store_layout(warps):
+    """The layout in which rows are written: 8 neighbours a lane."""
     return gl.BlockedLayout([1, 8], [8, 4], [warps, 1], [1, 0])
 
 
 @gluon.jit
 def _store_rows(out, values, row, count, column, OUT: gl.constexpr):
     """Writes values [OUTPUTS, TOKENS] to the rows, i32 or i64 [TOKENS], of out [*, OUT]."""
-    ROWS: gl.constexpr = _stored(gl.num_warps())
+    ROWS: gl.constexpr = _store_layout(gl.num_warps())
     values = gl.permute(values.to(out.dtype.element_ty), [1, 0])
     values = gl.convert_layout(values, ROWS)
     m = gl.arange(0, values.shape[0], layout=gl.SliceLayout(1, ROWS))
@@ -209,8 +209,8 @@ def gate_up_kernel(
 ):
     """Each pair's token times its expert's weight, activated; sorted by expert where SORTED."""
     COLUMNS: gl.constexpr = (OUT + OUTPUTS - 1) // OUTPUTS
-    ROWS: gl.constexpr = gl.SliceLayout(1, weights.read(gl.num_warps()))
-    STORED: gl.constexpr = gl.SliceLayout(1, _stored(gl.num_warps()))
+    ROWS: gl.constexpr = gl.SliceLayout(1, weights.read_layout(gl.num_warps()))
+    STORED: gl.constexpr = gl.SliceLayout(1, _store_layout(gl.num_warps()))
     expert, start, count, column, split = _place(
         ids, group_sizes, num_pairs, E, SORTED, _capacity(HEIGHTS, len(HEIGHTS) - 1), COLUMNS, 1
     )
@@ -220,7 +220,7 @@ def gate_up_kernel(
         if _fits(count, HEIGHTS, i):
             rows = ()
             for p in gl.static_range(len(HEIGHTS[i])):
-                first = weights.before(HEIGHTS[i], p)
+                first = weights.tokens_before(HEIGHTS[i], p)
                 pair = _pairs(order, start + first, count - first, SORTED, HEIGHTS[i][p], ROWS)
                 rows = rows + (pair // K,)
             totals = _tile(
@@ -228,7 +228,7 @@ def gate_up_kernel(
                 IN, OUT, 1, OUTPUTS, HEIGHTS[i], TILES, STAGES, INSTRUCTION,
             )  # fmt: skip
             for p in gl.static_range(len(HEIGHTS[i])):
-                first = weights.before(HEIGHTS[i], p)
+                first = weights.tokens_before(HEIGHTS[i], p)
                 values = _gated(totals[p], factor, bias, expert, column, ALPHA, BETA, LIMIT, OUT)
                 row = _rows(start + first, HEIGHTS[i][p], STORED)
                 _store_rows(hidden, values, row, count - first, column, OUT // 2)
@@ -260,8 +260,8 @@ def down_kernel(
 ):
     """The rows of `gate_up_kernel` times their expert's weight, weighted, in the order of pairs."""
     COLUMNS: gl.constexpr = (OUT + OUTPUTS - 1) // OUTPUTS
-    ROWS: gl.constexpr = gl.SliceLayout(1, weights.read(gl.num_warps()))
-    STORED: gl.constexpr = gl.SliceLayout(1, _stored(gl.num_warps()))
+    ROWS: gl.constexpr = gl.SliceLayout(1, weights.read_layout(gl.num_warps()))
+    STORED: gl.constexpr = gl.SliceLayout(1, _store_layout(gl.num_warps()))
     expert, start, count, column, split = _place(
         ids,
         group_sizes,
@@ -278,14 +278,14 @@ def down_kernel(
         if _fits(count, HEIGHTS, i):
             rows = ()
             for p in gl.static_range(len(HEIGHTS[i])):
-                first = weights.before(HEIGHTS[i], p)
+                first = weights.tokens_before(HEIGHTS[i], p)
                 rows = rows + (_rows(start + first, HEIGHTS[i][p], ROWS),)
             totals = _tile(
                 hidden, rows, count, words, scales, expert, column, split,
                 IN, OUT, SPLITS, OUTPUTS, HEIGHTS[i], TILES, STAGES, INSTRUCTION,
             )  # fmt: skip
             for p in gl.static_range(len(HEIGHTS[i])):
-                first = weights.before(HEIGHTS[i], p)
+                first = weights.tokens_before(HEIGHTS[i], p)
                 total, n = _scaled(totals[p], factor, expert, column, OUT)
                 biased = n < gl.where(split == 0, OUT, 0)  # one split adds it
                 terms = gl.load(bias + expert * OUT + n, mask=biased, other=0.0)
@@ -320,8 +320,8 @@ def rows_kernel(
 ):
     """Rows sorted by expert times their expert's weight. Rows past the sum are not written."""
     COLUMNS: gl.constexpr = (OUT + OUTPUTS - 1) // OUTPUTS
-    ROWS: gl.constexpr = gl.SliceLayout(1, weights.read(gl.num_warps()))
-    STORED: gl.constexpr = gl.SliceLayout(1, _stored(gl.num_warps()))
+    ROWS: gl.constexpr = gl.SliceLayout(1, weights.read_layout(gl.num_warps()))
+    STORED: gl.constexpr = gl.SliceLayout(1, _store_layout(gl.num_warps()))
     expert, start, count, column, split = _place(
         group_sizes,
         group_sizes,
@@ -338,14 +338,14 @@ def rows_kernel(
         if _fits(count, HEIGHTS, i):
             rows = ()
             for p in gl.static_range(len(HEIGHTS[i])):
-                first = weights.before(HEIGHTS[i], p)
+                first = weights.tokens_before(HEIGHTS[i], p)
                 rows = rows + (_rows(start + first, HEIGHTS[i][p], ROWS),)
             totals = _tile(
                 x, rows, count, words, scales, expert, column, split,
                 IN, OUT, 1, OUTPUTS, HEIGHTS[i], TILES, STAGES, INSTRUCTION,
             )  # fmt: skip
             for p in gl.static_range(len(HEIGHTS[i])):
-                first = weights.before(HEIGHTS[i], p)
+                first = weights.tokens_before(HEIGHTS[i], p)
                 total, n = _scaled(totals[p], factor, expert, column, OUT)
                 row = _rows(start + first, HEIGHTS[i][p], STORED)
                 _store_rows(result, total, row, count - first, column, OUT)

@@ -58,7 +58,7 @@ def tile(
     x_at, inside, shared, totals = (), (), (), ()
     for p in gl.static_range(len(PARTS)):
         at, known = weights.rows_at(
-            x, rows[p], count - weights.before(PARTS, p), split * (SPAN * 64), IN
+            x, rows[p], count - weights.tokens_before(PARTS, p), split * (SPAN * 64), IN
         )
         x_at, inside = x_at + (at,), inside + (known,)
         shared = shared + (

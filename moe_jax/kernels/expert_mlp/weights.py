@@ -71,7 +71,7 @@ _REGISTERS = gl.constexpr(",".join(["=&r"] * 16 + ["r"] * 12))
 
 
 @triton.constexpr_function
-def before(parts, p):
+def tokens_before(parts, p):
     """How many tokens the parts before the p-th hold."""
     return sum(parts[:p])
 
@@ -143,15 +143,15 @@ def load(words_at, scales_at, TILES: gl.constexpr):
 
 
 @triton.constexpr_function
-def read(warps):
-    """The layout in which rows are read: 16 bytes a lane."""
+def read_layout(warps):
+    """The layout in which rows are read: 16 bytes a lane, fewer where tokens are few."""
     return gl.BlockedLayout([1, 8], [4, 8], [warps, 1], [1, 0])
 
 
 @gluon.jit
 def rows_at(x, row, count, first, IN: gl.constexpr):
     """Where each row's 64 inputs from `first` on are, and which rows there are."""
-    ROWS: gl.constexpr = read(gl.num_warps())
+    ROWS: gl.constexpr = read_layout(gl.num_warps())
     m = gl.arange(0, row.shape[0], layout=gl.SliceLayout(1, ROWS))
     k = gl.arange(0, 64, layout=gl.SliceLayout(0, ROWS))
     return x + (row.to(gl.int64) * IN + first)[:, None] + k[None, :], (m < count)[:, None]

@@ -23,15 +23,15 @@ from moe_jax.kernels.expert_mlp import weights
 
 
 @triton.constexpr_function
-def _product(warps, tokens):
+def _product_layout(warps, tokens):
     """The layout of a product of so many columns."""
     return gl.NVMMADistributedLayout([3, 0], [warps, 1], [16, tokens, 16])
 
 
 @triton.constexpr_function
-def _operand(warps, tokens):
+def _operand_layout(warps, tokens):
     """That of its left operand, which lies in registers alike however many columns there are."""
-    return gl.DotOperandLayout(0, _product(warps, tokens), 2)
+    return gl.DotOperandLayout(0, _product_layout(warps, tokens), 2)
 
 
 @gluon.jit
@@ -56,7 +56,7 @@ def tile(
     WARPS: gl.constexpr = gl.num_warps()
     SPAN: gl.constexpr = IN // 64 // SPLITS
     STEPS: gl.constexpr = SPAN // TILES
-    LEFT: gl.constexpr = _operand(WARPS, PARTS[0])
+    LEFT: gl.constexpr = _operand_layout(WARPS, PARTS[0])
     SHARED: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
 
     words_at, scales_at = weights.addresses(
@@ -66,13 +66,15 @@ def tile(
     x_at, inside, shared, totals = (), (), (), ()
     for p in gl.static_range(len(PARTS)):
         at, known = weights.rows_at(
-            x, rows[p], count - weights.before(PARTS, p), split * (SPAN * 64), IN
+            x, rows[p], count - weights.tokens_before(PARTS, p), split * (SPAN * 64), IN
         )
         x_at, inside = x_at + (at,), inside + (known,)
         shared = shared + (
             gl.allocate_shared_memory(gl.bfloat16, [STAGES * TILES, PARTS[p], 64], SHARED),
         )
-        totals = totals + (gl.zeros([OUTPUTS, PARTS[p]], gl.float32, _product(WARPS, PARTS[p])),)
+        totals = totals + (
+            gl.zeros([OUTPUTS, PARTS[p]], gl.float32, _product_layout(WARPS, PARTS[p])),
+        )
     for i in gl.static_range(STAGES - 1):
         for p in gl.static_range(len(PARTS)):
             weights.copy_rows(shared[p], i, x_at[p], inside[p] & (i < STEPS), TILES)
@@ -94,7 +96,7 @@ def tile(
         for u in gl.static_range(TILES):
             for p in gl.static_range(len(PARTS)):
                 total = warpgroup_mma(
-                    gl.convert_layout(left, _operand(WARPS, PARTS[p]), assert_trivial=True),
+                    gl.convert_layout(left, _operand_layout(WARPS, PARTS[p]), assert_trivial=True),
                     shared[p].index(slot * TILES + u).permute((1, 0)),
                     totals[p],
                     is_async=True,
