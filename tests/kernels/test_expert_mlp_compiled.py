@@ -1,0 +1,170 @@
+"""What Triton makes of the kernels of a layer of gpt-oss experts, at the sizes of gpt-oss."""
+
+import dataclasses
+import importlib
+import math
+import re
+
+import jax
+import jax.numpy as jnp
+import pytest
+from triton_tools import CAPABILITIES, MISSING, Compiled, compiled
+
+import moe_jax
+from moe_jax import Tagged
+from moe_jax.kernels.dispatch import triton as dispatch
+from moe_jax.kernels.expert_mlp import configs, triton
+
+SIZE = 2880
+TYPES = {"int32": "i32", "float32": "fp32", "bfloat16": "bf16"}
+SHARED = {80: 99 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+"""Bytes of shared memory a program may have."""
+
+
+def shape(dtype, **axes: int) -> Tagged:
+    return Tagged(jax.ShapeDtypeStruct(tuple(axes.values()), dtype), tuple(axes))
+
+
+def large_weight(out: int, size: int) -> moe_jax.TiledMXFP4:
+    """The shapes of a weight with 32 experts."""
+    tiles = {"expert": 32, "tile_out": -(-out // 16), "tile_in": -(-size // 64)}
+    return moe_jax.TiledMXFP4(
+        words=shape(jnp.int32, **tiles, lane=32, word=4),
+        scales=shape(jnp.int32, **tiles, group=8),
+        offset=shape(jnp.int32, expert=32),
+        factor=shape(jnp.float32, expert=32, out=out),
+        in_size=size,
+    )
+
+
+def compile_calls(monkeypatch, capability, regimes, index, function, *arguments):
+    """What the kernels of a function compile to, under the plan of that index, by name."""
+    found: dict[str, Compiled] = {}
+
+    def call(kernel, *inputs, out_type, grid, num_warps, **constants):
+        del grid
+        values = dict(zip(kernel.arg_names, [*inputs, out_type], strict=False))
+        kinds = {
+            name: "i32" if isinstance(value, int) else f"*{TYPES[str(value.dtype)]}"
+            for name, value in values.items()
+        }
+        options = triton.compile_options(kernel)
+        code = compiled(
+            kernel,
+            kinds,
+            constants,
+            capability,
+            num_warps=num_warps,
+            num_stages=options["num_stages"],
+            **options["backend_options"],
+        )
+        name = kernel.fn.__name__
+        print(name, f"{code.registers} registers, {code.spills} spilled, {code.shared} shared")
+        assert code.registers * num_warps * 32 <= 65536
+        found[name] = code
+        return jnp.zeros(out_type.shape, out_type.dtype)
+
+    def other_call(kernel, *_, out_type, **options):
+        del kernel, options
+        return jax.tree.map(lambda t: jnp.zeros(t.shape, t.dtype), out_type)
+
+    plan = dataclasses.replace(regimes[index], rows=math.inf, pairs=math.inf)
+    module = "hopper" if regimes is configs.HOPPER else "portable"
+    kernels = importlib.import_module(f"moe_jax.kernels.expert_mlp.{module}")
+    monkeypatch.setattr(triton, "_call", call)
+    monkeypatch.setattr(dispatch, "_call", other_call)
+    monkeypatch.setattr(triton, "_kernels", lambda *_: (kernels, (plan,)))
+    jax.eval_shape(lambda *a: function(*a), *arguments)  # a function of its own: traces are kept
+    return found
+
+
+TABLES = [
+    *((90, configs.HOPPER, i) for i in range(len(configs.HOPPER))),
+    *((c, configs.PORTABLE, i) for c in CAPABILITIES for i in range(len(configs.PORTABLE))),
+]
+
+
+@pytest.mark.parametrize(
+    ("capability", "regimes", "index"),
+    TABLES,
+    ids=lambda v: str(v) if isinstance(v, int) else "hopper" if v is configs.HOPPER else "portable",
+)
+@pytest.mark.compiles
+def test_every_configuration_fits_the_gpu(monkeypatch, capability, regimes, index):
+    pytest.importorskip("triton", reason=MISSING)
+    experts = moe_jax.GptOssMLP(
+        large_weight(2 * SIZE, SIZE),
+        shape(jnp.float32, expert=32, out=2 * SIZE),
+        large_weight(SIZE, SIZE),
+        shape(jnp.float32, expert=32, out=SIZE),
+    )
+    tokens = 3 if regimes[index].rows < math.inf else 2048  # of many, sums are kept in bfloat16
+    x = jax.ShapeDtypeStruct((tokens, SIZE), jnp.bfloat16)
+    ids, weights = (jax.ShapeDtypeStruct((tokens, 4), t) for t in (jnp.int32, jnp.float32))
+    found = compile_calls(
+        monkeypatch, capability, regimes, index, triton.layer, experts, x, ids, weights
+    )
+    assert list(found) == ["gate_up_kernel", "down_kernel"]
+    chosen = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}[capability]
+    instructions = {"mma": "mma.sync", "wgmma": "wgmma.mma_async", "dot": chosen}
+    plan = regimes[index].plan
+    for code, config in zip(found.values(), (plan.gate_up, plan.down), strict=True):
+        assert not code.spills and code.shared <= SHARED[capability]
+        assert instructions[config.instruction] in code.ptx
+
+
+@pytest.mark.compiles
+def test_grouped_matmul_fits_the_gpu(monkeypatch):
+    pytest.importorskip("triton", reason=MISSING)
+    rows, sizes = jax.ShapeDtypeStruct((40, SIZE), jnp.bfloat16), jnp.zeros(32, jnp.int32)
+    weight = large_weight(2 * SIZE, SIZE)
+    found = compile_calls(
+        monkeypatch, 90, configs.HOPPER, 2, triton.multiply_rows, rows, weight, sizes
+    )
+    assert not found["rows_kernel"].spills
+
+
+def rows_kernel(monkeypatch, index: int, size: int) -> str:
+    """What the grouped matmul of so many inputs becomes before it is machine code."""
+    pytest.importorskip("triton", reason=MISSING)
+    rows, sizes = jax.ShapeDtypeStruct((40, size), jnp.bfloat16), jnp.zeros(32, jnp.int32)
+    weight = large_weight(128, size)
+    found = compile_calls(
+        monkeypatch, 90, configs.HOPPER, index, triton.multiply_rows, rows, weight, sizes
+    )
+    return found["rows_kernel"].ttgir
+
+
+NARROW, WIDE = 2, len(configs.HOPPER) - 1
+
+
+@pytest.mark.parametrize(("index", "size"), [(NARROW, 64), (NARROW, 2880), (WIDE, 64), (WIDE, 192)])
+@pytest.mark.compiles
+def test_words_keep_their_order(monkeypatch, index, size):
+    """The assembly that decodes a lane's words knows which scale belongs to which of them."""
+    ttgir = rows_kernel(monkeypatch, index, size)
+    layouts = dict(re.findall(r"^(#\w+) = (.*)$", ttgir, re.MULTILINE))
+    used = set(re.findall(r"tt\.elementwise_inline_asm .*?: tensor<\w+, (#\w+)>", ttgir))
+    assert used
+    for name in used:
+        blocked = "sizePerThread = [1, 8], " in layouts[name]
+        assert blocked or "register = [[0, 1], [0, 2], [0, 4]" in layouts[name], layouts[name]
+
+
+@pytest.mark.parametrize(("index", "size"), [(NARROW, 4096), (WIDE, 4096)])
+@pytest.mark.compiles
+def test_loops_wait_where_they_say(monkeypatch, index, size):
+    """A product runs while the next weights are decoded; no copy outlives the loop."""
+    operations = re.findall(
+        r"ttg\.async_wait \{num = 0|warp_group_dot_wait|warp_group_dot |elementwise_inline_asm|"
+        r"ttg\.async_copy|scf\.yield|tt\.store",
+        rows_kernel(monkeypatch, index, size),
+    )
+    for before, after in zip(operations, operations[1:], strict=False):
+        assert (before, after) != ("warp_group_dot ", "warp_group_dot_wait")
+    if index == WIDE:
+        assert "warp_group_dot " in operations
+    stores = [i for i, name in enumerate(operations) if name == "tt.store"]
+    for store in stores:
+        waited = [n for n in operations[:store] if n.startswith("ttg.async")]
+        assert waited[-1] == "ttg.async_wait {num = 0"
