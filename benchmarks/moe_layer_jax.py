@@ -92,18 +92,18 @@ class Naive:
 
 def _chain(layer: Any, experts: Sequence[Any], shape: Shape, tokens: int, routing: str) -> Repeated:
     """Layers after one another, on the problem's rows and logits."""
+    # logits of its own for every turn: equal ones would be routed once
+    turns = range(len(experts) * problem.rotations(tokens))
     gatings = [
-        jnp.asarray(problem.logits(shape, tokens, i, routing), jnp.bfloat16)
-        for i in range(len(experts))
+        jnp.asarray(problem.logits(shape, tokens, i, routing), jnp.bfloat16) for i in turns
     ]
-    turns = list(range(len(experts))) * problem.rotations(tokens)
     # traced once, and then a part of the one program that is compiled
     layer = jax.jit(layer)
 
     def layers(x: jax.Array, experts: Sequence[Any], gatings: Sequence[jax.Array]) -> list:
         results = []
         for i in turns:
-            x = layer(experts[i], x, gatings[i])
+            x = layer(experts[i % len(experts)], x, gatings[i])
             results.append(x)
         return results
 

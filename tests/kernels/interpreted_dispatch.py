@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from triton_tools import HostTensor
 
-from moe_jax.kernels.dispatch import triton
+from moe_jax.kernels.dispatch import launch
 
 # NumPy warns where the kernels compute infinities and NaN that they then do not use
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -25,7 +25,7 @@ def interpreter():
         return outputs
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(triton, "_call", call)
+        patch.setattr(launch, "_call", call)
         yield
 
 
@@ -37,7 +37,7 @@ def check_sorted(result, ids, num_experts):
 
 
 def check_routed(logits, k, token_mask=None):
-    result = triton.route_pairs(logits, token_mask, experts_per_token=k)
+    result = launch.route_pairs(logits, token_mask, experts_per_token=k)
     num_tokens, num_experts = logits.shape
     ids, weights = oracle.route(logits, k, token_mask)
     found = np.asarray(result.ids)
@@ -97,7 +97,7 @@ def test_more_tiles_than_one_in_a_chunk(monkeypatch, rng):
     logits = rng.normal(size=(200, 12)).astype(np.float32)
     check_routed(logits, 3, rng.random(200) < 0.8)
     ids = rng.integers(-1, 13, (200, 3), dtype=np.int32)
-    check_sorted(triton.sort_pairs(ids, num_experts=12), ids, 12)
+    check_sorted(launch.sort_pairs(ids, num_experts=12), ids, 12)
 
 
 @settings(deadline=None, max_examples=40)
@@ -118,18 +118,18 @@ def test_sorts_anything(num_tokens, num_experts, k, seed):
     rng = np.random.default_rng(seed)
     low = rng.integers(-2, num_experts)
     ids = rng.integers(low, num_experts + 2, (num_tokens, k), dtype=np.int32)
-    check_sorted(triton.sort_pairs(ids, num_experts=num_experts), ids, num_experts)
+    check_sorted(launch.sort_pairs(ids, num_experts=num_experts), ids, num_experts)
 
 
 def test_sorts_ids_far_out_of_range(rng):
     ids = rng.choice(np.array([-(2**31), 2**31 - 1, -9, 3, 0], np.int32), (50, 4))
-    check_sorted(triton.sort_pairs(ids, num_experts=5), ids, 5)
+    check_sorted(launch.sort_pairs(ids, num_experts=5), ids, 5)
 
 
 def test_sorts_one_expert_named_by_all(rng):
     ids = np.full((512, 8), 2, np.int32)
-    check_sorted(triton.sort_pairs(ids, num_experts=3), ids, 3)
-    check_sorted(triton.sort_pairs(ids[:127], num_experts=3), ids[:127], 3)
+    check_sorted(launch.sort_pairs(ids, num_experts=3), ids, 3)
+    check_sorted(launch.sort_pairs(ids[:127], num_experts=3), ids[:127], 3)
 
 
 @pytest.mark.parametrize(
@@ -137,7 +137,7 @@ def test_sorts_one_expert_named_by_all(rng):
 )
 def test_sorts_more_pairs_than_16_bits_count(num_tokens, num_experts, k):
     ids = np.zeros((num_tokens, k), np.int32)
-    check_sorted(triton.sort_pairs(ids, num_experts=num_experts), ids, num_experts)
+    check_sorted(launch.sort_pairs(ids, num_experts=num_experts), ids, num_experts)
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float64, ml_dtypes.bfloat16])
@@ -151,7 +151,7 @@ def test_combines(num_tokens, size, k, dtype, rng):
     # the interpreter does not round to bfloat16 as GPUs do
     wide = np.float64 if dtype == np.float64 else np.float32
     with jax.enable_x64(True):
-        result = triton.combine_pairs(y, ids, num_experts=7, dtype=wide)
+        result = launch.combine_pairs(y, ids, num_experts=7, dtype=wide)
     assert result.dtype == wide
     np.testing.assert_allclose(
         result, oracle.combine(y, ids, 7), rtol=1e-14 if wide == np.float64 else 1e-5, atol=1e-6
@@ -161,5 +161,5 @@ def test_combines(num_tokens, size, k, dtype, rng):
 def test_combines_several_rows_a_pair(rng):
     ids = rng.integers(-2, 9, (5, 3), dtype=np.int32)
     y = rng.normal(size=(15, 2, 33)).astype(np.float32)
-    result = triton.combine_pairs(y.reshape(30, 33), ids, num_experts=7, dtype=jax.numpy.float32)
+    result = launch.combine_pairs(y.reshape(30, 33), ids, num_experts=7, dtype=jax.numpy.float32)
     np.testing.assert_allclose(result, oracle.combine(y.sum(1), ids, 7), rtol=1e-5, atol=1e-5)

@@ -14,8 +14,8 @@ from expert_mlp_oracle import Layer
 from triton_tools import HostTensor
 
 import moe_jax
-from moe_jax.kernels.dispatch import triton as dispatch
-from moe_jax.kernels.expert_mlp import configs, portable, triton
+from moe_jax.kernels.dispatch import launch as dispatch
+from moe_jax.kernels.expert_mlp import configs, launch, portable
 from moe_jax.kernels.expert_mlp.configs import Config, Plan, Regime
 
 # NumPy warns where the kernels compute infinities and NaN that they then do not use
@@ -40,16 +40,16 @@ def interpreter():
         return jax.tree.map(jnp.asarray, outputs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(triton, "_call", call)
+        patch.setattr(launch, "_call", call)
         patch.setattr(dispatch, "_call", call)
-        patch.setattr(triton, "cuda_capability", lambda: 80)
+        patch.setattr(launch, "cuda_capability", lambda: 80)
         yield
 
 
 @pytest.fixture(params=PLANS.values(), ids=PLANS)
 def plan(request, monkeypatch):
     regimes = (Regime(math.inf, math.inf, request.param),)
-    monkeypatch.setattr(triton, "_kernels", lambda *_: (portable, regimes))
+    monkeypatch.setattr(launch, "_kernels", lambda *_: (portable, regimes))
     return request.param
 
 
@@ -69,7 +69,7 @@ def test_layer(plan, sizes, num_tokens, rng):
     ids = rng.integers(-1, 6, (num_tokens, 2), dtype=np.int32)
     ids[num_tokens // 2 :, 0] = 2
     weights = rng.random((num_tokens, 2)).astype(np.float32)
-    y = triton.layer(oracle.tiled(), jnp.asarray(x), jnp.asarray(ids), jnp.asarray(weights))
+    y = launch.layer(oracle.tiled(), jnp.asarray(x), jnp.asarray(ids), jnp.asarray(weights))
     np.testing.assert_allclose(y, oracle(x, ids, weights), rtol=2e-5, atol=2e-4)
     assert y.dtype == jnp.float32
 
@@ -78,7 +78,7 @@ def test_routed_layer(plan, rng):
     oracle = layer(rng)
     x = rng.normal(size=(17, oracle.hidden)).astype(np.float32)
     logits, mask = rng.normal(size=(17, 5)).astype(np.float32), rng.random(17) < 0.7
-    y = triton.routed_layer(oracle.tiled(), *map(jnp.asarray, (x, logits, mask)), 2)
+    y = launch.routed_layer(oracle.tiled(), *map(jnp.asarray, (x, logits, mask)), 2)
     np.testing.assert_allclose(y, oracle.routed(x, logits, 2, mask), rtol=2e-5, atol=2e-4)
 
 
@@ -87,7 +87,7 @@ def test_activation_is_data(plan, limit, rng):
     oracle = layer(rng, activation=moe_jax.Activation("swiglu", 1.3, 0.25, limit, "interleaved"))
     x = rng.normal(size=(9, oracle.hidden)).astype(np.float32)
     ids = rng.integers(0, 5, (9, 1), dtype=np.int32)
-    y = triton.layer(oracle.tiled(), jnp.asarray(x), jnp.asarray(ids), jnp.ones((9, 1)))
+    y = launch.layer(oracle.tiled(), jnp.asarray(x), jnp.asarray(ids), jnp.ones((9, 1)))
     np.testing.assert_allclose(y, oracle(x, ids, np.ones((9, 1))), rtol=2e-5, atol=2e-4)
 
 
@@ -98,7 +98,7 @@ def test_nan_stays_where_it_is(plan, rng):
     expected = oracle(x, ids, weights)
     x[3, 7], weights[10, 1], ids[11] = np.nan, np.nan, 5
     expected[11] = 0
-    y = np.asarray(triton.layer(oracle.tiled(), *map(jnp.asarray, (x, ids, weights))))
+    y = np.asarray(launch.layer(oracle.tiled(), *map(jnp.asarray, (x, ids, weights))))
     np.testing.assert_array_equal(np.isnan(y).all(1), np.isin(np.arange(13), [3, 10]))
     good = ~np.isin(np.arange(13), [3, 10])
     np.testing.assert_allclose(y[good], expected[good], rtol=2e-5, atol=2e-4)
@@ -112,7 +112,7 @@ def test_every_scale(rng):
     oracle = dataclasses.replace(oracle, down=dataclasses.replace(oracle.down, scales=scales))
     rows = rng.normal(size=(40, 32)).astype(np.float32) * 2.0**-12
     sizes = np.array([9, 0, 20, 5, 6], np.int32)
-    y = triton.multiply_rows(jnp.asarray(rows), oracle.tiled().down, jnp.asarray(sizes))
+    y = launch.multiply_rows(jnp.asarray(rows), oracle.tiled().down, jnp.asarray(sizes))
     expert = np.repeat(np.arange(5), sizes)
     expected = np.einsum("roi,ri->ro", oracle.down.values()[expert], rows.astype(np.float64))
     # 2^-127 of an expert's largest weight, of 2^127 here, counts as nothing
@@ -126,7 +126,7 @@ def test_every_scale(rng):
 def test_rows(sizes, rng):
     oracle = layer(rng, "whole_tiles")
     rows = rng.normal(size=(40, 192)).astype(np.float32)
-    y = triton.multiply_rows(jnp.asarray(rows), oracle.tiled().down, jnp.asarray(sizes, jnp.int32))
+    y = launch.multiply_rows(jnp.asarray(rows), oracle.tiled().down, jnp.asarray(sizes, jnp.int32))
     expert = np.repeat(np.arange(5), sizes)
     expected = np.zeros((40, 64))
     expected[: len(expert)] = np.einsum(
@@ -140,5 +140,5 @@ def test_the_table_is_interpreted_as_it_stands(rng):
     assert configs.PORTABLE[-1].plan.down.tokens == 128
     oracle = Layer.random(rng, 2, 64, 96)
     x, ids = rng.normal(size=(150, 64)).astype(np.float32), np.zeros((150, 1), np.int32)
-    y = triton.layer(oracle.tiled(), jnp.asarray(x), jnp.asarray(ids), jnp.ones((150, 1)))
+    y = launch.layer(oracle.tiled(), jnp.asarray(x), jnp.asarray(ids), jnp.ones((150, 1)))
     np.testing.assert_allclose(y, oracle(x, ids, np.ones((150, 1))), rtol=2e-5, atol=2e-4)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from triton_tools import CAPABILITIES, MISSING, compiled, run_interpreted
 
-from moe_jax.kernels.dispatch import combine_pairs, route_pairs, sort_pairs, triton
+from moe_jax.kernels.dispatch import combine_pairs, launch, route_pairs, sort_pairs
 from moe_jax.kernels.dispatch.blocks import count_bits, sort_blocks
 
 needs_triton = pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason=MISSING)
@@ -44,7 +44,7 @@ def compile_calls(monkeypatch, capability, function, *arguments, **static):
         )
         return jax.tree.map(lambda t: jnp.zeros(t.shape, t.dtype), out_type)
 
-    monkeypatch.setattr(triton, "_call", call)
+    monkeypatch.setattr(launch, "_call", call)
     function(*arguments, **static)
     return found
 
@@ -67,7 +67,7 @@ def compile_calls(monkeypatch, capability, function, *arguments, **static):
 def test_routing_compiles(monkeypatch, capability, num_tokens, num_experts, k, dtype):
     logits = jnp.zeros((num_tokens, num_experts), dtype)
     found = compile_calls(
-        monkeypatch, capability, triton.route_pairs, logits, None, experts_per_token=k
+        monkeypatch, capability, launch.route_pairs, logits, None, experts_per_token=k
     )
     launches = {"route_once"} if num_tokens <= 128 else {"route_chunk", "place_pairs"}
     assert found.keys() == launches
@@ -81,7 +81,7 @@ def test_sorting_compiles(monkeypatch, capability):
     for num_tokens, num_experts, k in [(1, 32, 4), (128, 32, 4), (1000, 20, 3)]:
         ids = jnp.zeros((num_tokens, k), jnp.int32)
         found = compile_calls(
-            monkeypatch, capability, triton.sort_pairs, ids, num_experts=num_experts
+            monkeypatch, capability, launch.sort_pairs, ids, num_experts=num_experts
         )
         assert not any(c.spills for c in found.values())
 
@@ -93,7 +93,7 @@ def test_sorting_compiles(monkeypatch, capability):
 def test_combining_reads_16_bytes_at_once(monkeypatch, capability, dtype):
     y, ids = jnp.zeros((20, 2880), dtype), jnp.zeros((5, 4), jnp.int32)
     found = compile_calls(
-        monkeypatch, capability, triton.combine_pairs, y, ids, num_experts=32, dtype=jnp.bfloat16
+        monkeypatch, capability, launch.combine_pairs, y, ids, num_experts=32, dtype=jnp.bfloat16
     )["combine_pairs"]
     loads = [line for line in found.ptx.splitlines() if "ld.global" in line]
     assert sum(".v4.b32" in line for line in loads) == 4
@@ -114,7 +114,7 @@ def test_what_is_lowered(monkeypatch, num_tokens, launches):
         jax.jit(function).trace(*arguments).lower(lowering_platforms=(platform,))
         return len(called)
 
-    monkeypatch.setattr(triton, "_call", call)
+    monkeypatch.setattr(launch, "_call", call)
     logits, mask = jnp.zeros((num_tokens, 32)), jnp.ones(num_tokens, bool)
     ids, y = jnp.zeros((num_tokens, 4), jnp.int32), jnp.zeros((num_tokens * 4, 8))
     assert count(lambda x: route_pairs(x, 4), logits) == launches
@@ -146,12 +146,12 @@ def test_no_experts_per_token_launch_nothing(monkeypatch):
     def call(*_, **__):
         raise AssertionError("a kernel was launched")
 
-    monkeypatch.setattr(triton, "_call", call)
+    monkeypatch.setattr(launch, "_call", call)
     ids, y = jnp.zeros((3, 0), jnp.int32), jnp.zeros((0, 8), jnp.bfloat16)
-    order, sizes = triton.sort_pairs(ids, num_experts=5)
+    order, sizes = launch.sort_pairs(ids, num_experts=5)
     assert order.shape == (0,)
     np.testing.assert_array_equal(sizes, np.zeros(5, np.int32))
-    result = triton.combine_pairs(y, ids, num_experts=5, dtype=jnp.float32)
+    result = launch.combine_pairs(y, ids, num_experts=5, dtype=jnp.float32)
     np.testing.assert_array_equal(result, np.zeros((3, 8), np.float32))
     for found, expected in zip(sort_pairs(ids, 5), (order, sizes), strict=True):
         np.testing.assert_array_equal(found, expected)

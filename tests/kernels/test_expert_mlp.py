@@ -15,8 +15,9 @@ from triton_tools import MISSING, run_interpreted
 
 import moe_jax
 from moe_jax import Router, Routing, Tagged, tag
-from moe_jax.kernels.dispatch import triton as dispatch
-from moe_jax.kernels.expert_mlp import triton
+from moe_jax.kernels import gluon_call
+from moe_jax.kernels.dispatch import launch as dispatch
+from moe_jax.kernels.expert_mlp import launch
 from moe_jax.kernels.expert_mlp.api import Logits, expert_mlp, is_supported
 
 EXPERTS, HIDDEN, INTERMEDIATE, K = 5, 64, 96, 2
@@ -279,9 +280,9 @@ def lowered(monkeypatch, capability, function, *arguments) -> list[tuple[str, di
         called.append((kernel.fn.__name__, options))
         return jax.tree.map(lambda t: jnp.zeros(t.shape, t.dtype), out_type)
 
-    monkeypatch.setattr(triton, "_call", call)
+    monkeypatch.setattr(launch, "_call", call)
     monkeypatch.setattr(dispatch, "_call", call)
-    monkeypatch.setattr(triton, "cuda_capability", lambda: capability)
+    monkeypatch.setattr(launch, "cuda_capability", lambda: capability)
     jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",))
     return called
 
@@ -317,16 +318,25 @@ def test_what_is_lowered(monkeypatch, oracle, capability):
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("tokens", [1, 50])
 def test_kernels_are_called_with_what_they_take(monkeypatch, capability, tokens):
-    """Traced as for a GPU: jax-triton binds arrays, sizes and constants to the parameters."""
+    """Traced as for a GPU: arrays, sizes and constants are bound to the parameters."""
     pytest.importorskip("jax_triton", reason=MISSING)
-    monkeypatch.setattr(triton, "cuda_capability", lambda: capability)
     experts = Layer.random(np.random.default_rng(0), 4, 64, 128).tiled()
+    compiled = []
+
+    def compile_kernel(kernel, kinds, constants, num_warps, capability):
+        compiled.append(gluon_call.gluon_source(kernel, kinds, dict(constants)))
+        return gluon_call.Code(kernel.__name__, "", 0, num_warps, capability)
+
+    monkeypatch.setattr(launch, "cuda_capability", lambda: capability)
+    monkeypatch.setattr(gluon_call, "cuda_capability", lambda: capability)
+    monkeypatch.setattr(gluon_call, "compile_kernel", compile_kernel)
+    monkeypatch.setattr(gluon_call, "_launch", lambda *_: b"")
 
     def calls(x, logits, ids, weights, sizes):
         return (
-            triton.routed_layer(experts, x, logits, None, 2),
-            triton.layer(experts, x, ids, weights),
-            triton.multiply_rows(x, experts.gate_up, sizes),
+            launch.routed_layer(experts, x, logits, None, 2),
+            launch.layer(experts, x, ids, weights),
+            launch.multiply_rows(x, experts.gate_up, sizes),
         )
 
     shapes = (tokens, 64), (tokens, 4), (tokens, 2), (tokens, 2), (4,)
@@ -334,9 +344,10 @@ def test_kernels_are_called_with_what_they_take(monkeypatch, capability, tokens)
     jaxpr = jax.make_jaxpr(calls)(*map(jax.ShapeDtypeStruct, shapes, dtypes))
     assert [a.shape for a in jaxpr.out_avals] == [(tokens, 64), (tokens, 64), (tokens, 256)]
     assert {a.dtype for a in jaxpr.out_avals} == {jnp.dtype("bfloat16")}
-    kernels = [e.params for e in jaxpr.eqns if e.primitive.name == "triton_kernel_call"]
-    assert len(kernels) == (8 if capability == 90 and tokens == 1 else 9)
-    for params in kernels:
+    plain = [e.params for e in jaxpr.eqns if e.primitive.name == "triton_kernel_call"]
+    assert len(compiled) == (5 if capability == 90 else 0)
+    assert len(plain) + len(compiled) == (8 if capability == 90 and tokens == 1 else 9)
+    for params in plain:
         names = {p.name for p in params["fn"].params if p.is_constexpr}
         assert set(params["metaparams"]) == names
 

@@ -12,8 +12,8 @@ from triton_tools import CAPABILITIES, MISSING, Compiled, compiled
 
 import moe_jax
 from moe_jax import Tagged
-from moe_jax.kernels.dispatch import triton as dispatch
-from moe_jax.kernels.expert_mlp import configs, triton
+from moe_jax.kernels.dispatch import launch as dispatch
+from moe_jax.kernels.expert_mlp import configs, launch
 
 SIZE = 2880
 TYPES = {"int32": "i32", "float32": "fp32", "bfloat16": "bf16"}
@@ -48,15 +48,13 @@ def compile_calls(monkeypatch, capability, regimes, index, function, *arguments)
             name: "i32" if isinstance(value, int) else f"*{TYPES[str(value.dtype)]}"
             for name, value in values.items()
         }
-        options = triton.compile_options(kernel)
         code = compiled(
             kernel,
             kinds,
             constants,
             capability,
             num_warps=num_warps,
-            num_stages=options["num_stages"],
-            **options["backend_options"],
+            num_stages=launch.PORTABLE_OPTIONS["num_stages"],
         )
         name = kernel.fn.__name__
         print(name, f"{code.registers} registers, {code.spills} spilled, {code.shared} shared")
@@ -71,9 +69,9 @@ def compile_calls(monkeypatch, capability, regimes, index, function, *arguments)
     plan = dataclasses.replace(regimes[index], rows=math.inf, pairs=math.inf)
     module = "hopper" if regimes is configs.HOPPER else "portable"
     kernels = importlib.import_module(f"moe_jax.kernels.expert_mlp.{module}")
-    monkeypatch.setattr(triton, "_call", call)
+    monkeypatch.setattr(launch, "_call", call)
     monkeypatch.setattr(dispatch, "_call", other_call)
-    monkeypatch.setattr(triton, "_kernels", lambda *_: (kernels, (plan,)))
+    monkeypatch.setattr(launch, "_kernels", lambda *_: (kernels, (plan,)))
     jax.eval_shape(lambda *a: function(*a), *arguments)  # a function of its own: traces are kept
     return found
 
@@ -102,7 +100,7 @@ def test_every_configuration_fits_the_gpu(monkeypatch, capability, regimes, inde
     x = jax.ShapeDtypeStruct((tokens, SIZE), jnp.bfloat16)
     ids, weights = (jax.ShapeDtypeStruct((tokens, 4), t) for t in (jnp.int32, jnp.float32))
     found = compile_calls(
-        monkeypatch, capability, regimes, index, triton.layer, experts, x, ids, weights
+        monkeypatch, capability, regimes, index, launch.layer, experts, x, ids, weights
     )
     assert list(found) == ["gate_up_kernel", "down_kernel"]
     chosen = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}[capability]
@@ -119,7 +117,7 @@ def test_grouped_matmul_fits_the_gpu(monkeypatch):
     rows, sizes = jax.ShapeDtypeStruct((40, SIZE), jnp.bfloat16), jnp.zeros(32, jnp.int32)
     weight = large_weight(2 * SIZE, SIZE)
     found = compile_calls(
-        monkeypatch, 90, configs.HOPPER, 2, triton.multiply_rows, rows, weight, sizes
+        monkeypatch, 90, configs.HOPPER, 2, launch.multiply_rows, rows, weight, sizes
     )
     assert not found["rows_kernel"].spills
 
@@ -130,7 +128,7 @@ def rows_kernel(monkeypatch, index: int, size: int) -> str:
     rows, sizes = jax.ShapeDtypeStruct((40, size), jnp.bfloat16), jnp.zeros(32, jnp.int32)
     weight = large_weight(128, size)
     found = compile_calls(
-        monkeypatch, 90, configs.HOPPER, index, triton.multiply_rows, rows, weight, sizes
+        monkeypatch, 90, configs.HOPPER, index, launch.multiply_rows, rows, weight, sizes
     )
     return found["rows_kernel"].ttgir
 

@@ -9,7 +9,7 @@ from triton_tools import MISSING
 
 import moe_jax
 from moe_jax import tag
-from moe_jax.kernels.expert_mlp import triton
+from moe_jax.kernels.expert_mlp import launch
 from moe_jax.kernels.grouped_matmul import grouped_matmul
 
 SIZES = np.array([4, 0, 9, 2], np.int32)
@@ -66,8 +66,8 @@ def test_cuda_gets_the_kernel(monkeypatch, rng):
         called.append(kernel.fn.__name__)
         return jnp.zeros(out_type.shape, out_type.dtype)
 
-    monkeypatch.setattr(triton, "_call", call)
-    monkeypatch.setattr(triton, "cuda_capability", lambda: 90)
+    monkeypatch.setattr(launch, "_call", call)
+    monkeypatch.setattr(launch, "cuda_capability", lambda: 90)
     rows, weight, sizes, _ = operands(rng)
     function = jax.jit(lambda r, w: grouped_matmul(r, w, sizes))
     function.trace(rows, weight).lower(lowering_platforms=("cuda",))

@@ -76,7 +76,7 @@ def compiled(
         options: further options of Triton's backend, such as `maxnreg`.
     """
     import triton
-    from triton.backends.compiler import GPUTarget, Language
+    from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
     from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
@@ -88,8 +88,6 @@ def compiled(
     }
     if isinstance(kernel, GluonJITFunction):
         source = GluonASTSource(kernel, signature, dict(constants), aligned)
-        # jax-triton has the passes of plain Triton run over Gluon kernels, too
-        source.language, source.ext = Language.TRITON, "ttir"
     else:
         source = ASTSource(kernel, signature, dict(constants), aligned)
     log = io.StringIO()

@@ -12,14 +12,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from moe_jax.kernels.dispatch import reference, triton
+from moe_jax.kernels.dispatch import launch, reference
 from moe_jax.kernels.dispatch.pairs import RoutedPairs, SortedPairs
 from moe_jax.kernels.lowering import per_platform
 from moe_jax.routing import check_experts_per_token
 
-_route_pairs = per_platform("route_pairs", reference.route_pairs, triton.route_pairs)
-_sort_pairs = per_platform("sort_pairs", reference.sort_pairs, triton.sort_pairs)
-_combine_pairs = per_platform("combine_pairs", reference.combine_pairs, triton.combine_pairs)
+_route_pairs = per_platform("route_pairs", reference.route_pairs, launch.route_pairs)
+_sort_pairs = per_platform("sort_pairs", reference.sort_pairs, launch.sort_pairs)
+_combine_pairs = per_platform("combine_pairs", reference.combine_pairs, launch.combine_pairs)
 
 
 def route_pairs(

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 
 from moe_jax import dispatch
 from moe_jax.experts.layers import GptOssMLP
-from moe_jax.kernels.expert_mlp import triton
+from moe_jax.kernels.expert_mlp import launch
 from moe_jax.kernels.lowering import no_gradient, per_platform, vary_together
 from moe_jax.quantization.tiled import TiledMXFP4
 from moe_jax.routing import Routing, route
@@ -143,7 +143,7 @@ def _in_triton(experts: GptOssMLP, x: Tagged, routing: Routing | Logits, algorit
     rows = x.untag("s", "d")
     if isinstance(routing, Logits):
         mask = routing.token_mask
-        y = triton.routed_layer(
+        y = launch.routed_layer(
             experts,
             rows,
             routing.logits.untag("s", "expert"),
@@ -153,7 +153,7 @@ def _in_triton(experts: GptOssMLP, x: Tagged, routing: Routing | Logits, algorit
     else:
         ids = routing.ids.untag("s", "top_expert").astype(jnp.int32)
         weights = routing.weights.untag("s", "top_expert").astype(jnp.float32)
-        y = triton.layer(experts, rows, ids, weights)
+        y = launch.layer(experts, rows, ids, weights)
     return Tagged(y, ("s", "d"))
 
 

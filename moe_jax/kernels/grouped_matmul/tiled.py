@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from moe_jax.kernels.expert_mlp import triton
+from moe_jax.kernels.expert_mlp import launch
 from moe_jax.kernels.grouped_matmul import reference
 from moe_jax.kernels.lowering import no_gradient, per_platform
 from moe_jax.quantization.tiled import TiledMXFP4
@@ -50,7 +50,7 @@ def _in_xla(rows: jax.Array, group_sizes: jax.Array, *leaves: jax.Array, treedef
 def _in_triton(
     rows: jax.Array, group_sizes: jax.Array, *leaves: jax.Array, treedef: Any
 ) -> jax.Array:
-    return triton.multiply_rows(rows, jax.tree.unflatten(treedef, leaves), group_sizes)
+    return launch.multiply_rows(rows, jax.tree.unflatten(treedef, leaves), group_sizes)
 
 
 def _like(rows: jax.Array, group_sizes: jax.Array, *leaves: jax.Array, treedef: Any) -> jax.Array:

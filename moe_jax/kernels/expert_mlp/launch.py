@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 
 from moe_jax.activations import Activation
-from moe_jax.kernels.dispatch import triton as dispatch
+from moe_jax.kernels.dispatch import launch as dispatch
 from moe_jax.kernels.dispatch.pairs import RoutedPairs, SortedPairs
 from moe_jax.kernels.expert_mlp import configs
 from moe_jax.kernels.expert_mlp.configs import Config
+from moe_jax.kernels.gluon_call import gluon_call
 from moe_jax.kernels.lowering import cuda_capability
 from moe_jax.quantization.tiled import TiledMXFP4
 from moe_jax.tagged import Tagged
@@ -159,18 +160,13 @@ def _bias(bias: Tagged) -> jax.Array:
     return bias.untag("expert", "out")
 
 
-def compile_options(kernel: Any) -> dict[str, Any]:
-    """What jax-triton is to compile a kernel with, besides the number of warps.
-
-    It has the passes of plain Triton run over Gluon kernels, too. Without stages these leave loops
-    alone that are staged already; with one they would wait for each wgmma where it stands.
-    """
-    staged = hasattr(kernel, "is_gluon") and kernel.is_gluon()
-    return {"num_stages": 0 if staged else 1, "backend_options": {"enable_fp_fusion": True}}
+PORTABLE_OPTIONS = {"num_stages": 1, "backend_options": {"enable_fp_fusion": True}}
+"""What jax-triton compiles the portable kernels with: their loops are staged already."""
 
 
 def _call(kernel: Any, *arguments: Any, **options: Any) -> Any:
+    if kernel.is_gluon():
+        return gluon_call(*arguments, kernel=kernel, **options)
     import jax_triton
 
-    options |= compile_options(kernel)
-    return jax_triton.triton_call(*arguments, kernel=kernel, **options)
+    return jax_triton.triton_call(*arguments, kernel=kernel, **PORTABLE_OPTIONS, **options)
