@@ -94,9 +94,7 @@ def _chain(layer: Any, experts: Sequence[Any], shape: Shape, tokens: int, routin
     """Layers after one another, on the problem's rows and logits."""
     # logits of its own for every turn: equal ones would be routed once
     turns = range(len(experts) * problem.rotations(tokens))
-    gatings = [
-        jnp.asarray(problem.logits(shape, tokens, i, routing), jnp.bfloat16) for i in turns
-    ]
+    gatings = [jnp.asarray(problem.logits(shape, tokens, i, routing), jnp.bfloat16) for i in turns]
     # traced once, and then a part of the one program that is compiled
     layer = jax.jit(layer)
 

@@ -195,10 +195,10 @@ def route(result: np.ndarray, experts_per_token: int) -> tuple[np.ndarray, np.nd
     return ids, exponentials / exponentials.sum(-1, keepdims=True)
 
 
-def count_distinct(shape: Shape, tokens: int, sets: int, routing: str) -> float:
-    """How many experts are chosen, on average over the sets."""
+def count_distinct(shape: Shape, tokens: int, turns: int, routing: str) -> float:
+    """How many experts are chosen, on average over the turns."""
     chosen = [
-        route(logits(shape, tokens, i, routing), shape.experts_per_token)[0] for i in range(sets)
+        route(logits(shape, tokens, i, routing), shape.experts_per_token)[0] for i in range(turns)
     ]
     return float(np.mean([len(np.unique(ids)) for ids in chosen]))
 
@@ -210,7 +210,7 @@ def sets_in_use(tokens: int, sets: int) -> int:
 
 def rotations(tokens: int) -> int:
     """How often the sets are gone through in one call, so that it outlasts its launch."""
-    return 2 if tokens <= 16 else 1
+    return 4 if tokens <= 4 else 2 if tokens <= 16 else 1
 
 
 def _to_bfloat16(x: np.ndarray) -> np.ndarray:

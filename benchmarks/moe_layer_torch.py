@@ -42,17 +42,14 @@ class TritonKernels:
     def replay(self, tokens: int, routing: str, device: str, stages: int | None) -> GraphReplay:
         """A chain of layers as ours; `stages` overrules the kernel's own choice."""
         sets = self._sets[: problem.sets_in_use(tokens, len(self._sets))]
-        logits = [
-            _bfloat16(problem.logits(self._shape, tokens, i, routing), device)
-            for i in range(len(sets))
-        ]
+        turns = range(len(sets) * problem.rotations(tokens))
+        logits = [_bfloat16(problem.logits(self._shape, tokens, i, routing), device) for i in turns]
         rows = _bfloat16(problem.rows(self._shape, tokens), device)
-        turns = list(range(len(sets))) * problem.rotations(tokens)
 
         def layers() -> list[Any]:
             x, results = rows, []
             for i in turns:
-                x = self._layer(x, logits[i], sets[i])
+                x = self._layer(x, logits[i], sets[i % len(sets)])
                 results.append(x)
             return results
 

@@ -2,8 +2,8 @@
 
 What is timed is a `Run`: it does something `count` times without waiting in between, waits once at
 the end, and says how many seconds the device took. A sample is one such run, long enough that the
-wait at its end does not matter. Contenders are sampled in turns, so that a drift of the clocks
-meets all of them.
+wait at its end, and that for the host at its beginning, do not matter. Contenders are sampled in
+turns, so that a drift of the clocks meets all of them.
 """
 
 import math

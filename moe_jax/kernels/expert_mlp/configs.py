@@ -17,9 +17,8 @@ class Config:
             for many) in the Hopper kernels, and in the portable ones `dot`, what Triton chooses.
         outputs: outputs of the weight a program computes; at least 16 a warp.
         heights: how many tokens a program takes at most, ascending, each as the powers of two that
-            it is the sum of: a product for each. The last is the size of the blocks that an
-            expert's tokens are cut into; blocks with fewer tokens are computed as the least of the
-            heights that holds them.
+            it is the sum of: a product for each. An expert's tokens are cut into as few blocks as
+            the last allows, of one size; each is computed as the least height that holds it.
         num_warps: warps a program.
         stages: steps of activations that are in flight from memory.
         tiles: tiles of 64 inputs a step, at most; that many tiles of weights are in flight.
@@ -50,7 +49,7 @@ class Config:
 
     @property
     def tokens(self) -> int:
-        """Tokens of a block."""
+        """Tokens of a block, at most."""
         return sum(self.heights[-1])
 
 
@@ -98,7 +97,8 @@ def _portable(outputs: int, tokens: int, num_warps: int) -> Plan:
     return Plan(True, config, config)
 
 
-_LARGE = _wide(128, (32,), (64,), (128,))
+_MEDIUM = _wide(128, (64,), (64, 16), (64, 32))
+_LARGE = _wide(128, (32,), (64,), (64, 32), (128,), (128, 8))
 
 HOPPER = (
     Regime(0.5, 4, Plan(False, _narrow((8,), tiles=15), _narrow((8,), tiles=9, splits=5))),
@@ -108,7 +108,7 @@ HOPPER = (
     Regime(12, math.inf, Plan(True, _narrow((8,), (16,)), _narrow((8,), (16,)))),
     Regime(24, math.inf, Plan(True, _wide(64, (16,), (32,)), _narrow((8,), (16,), (16, 8)))),
     Regime(48, math.inf, Plan(True, _wide(128, (32,), (32, 16)), _wide(128, (32,), (32, 16)))),
-    Regime(96, math.inf, Plan(True, _wide(128, (64,), (64, 32)), _wide(128, (64,), (64, 32)))),
+    Regime(96, math.inf, Plan(True, _MEDIUM, _MEDIUM)),
     Regime(math.inf, math.inf, Plan(True, _LARGE, _LARGE)),
 )
 """For compute capability 9.0, measured on an H200 with 32 experts, 4 a token, and sizes of 2880.

@@ -27,7 +27,8 @@ def _add(a, b):
 def _block_of(group_sizes, index, P: gl.constexpr, E: gl.constexpr, TOKENS: gl.constexpr):
     """(expert, first row, rows) of the block of that index; E where there is no such block.
 
-    Every expert's rows are cut into blocks of TOKENS. Sizes that are wrong reach no foreign memory.
+    Every expert's rows are cut into as few blocks of at most TOKENS as there can be, of one size
+    but for the last. Sizes that are wrong reach no foreign memory.
     """
     PADDED: gl.constexpr = max(32, 1 << (E - 1).bit_length())
     LAYOUT: gl.constexpr = gl.BlockedLayout([1], [32], [gl.num_warps()], [0])
@@ -37,10 +38,12 @@ def _block_of(group_sizes, index, P: gl.constexpr, E: gl.constexpr, TOKENS: gl.c
     blocks = (sizes + TOKENS - 1) // TOKENS
     passed = gl.associative_scan(blocks, 0, _add) <= index
     expert = gl.minimum(gl.sum(passed.to(gl.int32), 0), E)
-    before = (index - gl.sum(gl.where(passed, blocks, 0), 0)) * TOKENS
-    start = gl.sum(gl.where(passed, sizes, 0), 0) + before
     size = gl.sum(gl.where(e == expert, sizes, 0), 0)
-    return expert, start, gl.minimum(gl.minimum(size - before, TOKENS), P - start)
+    parts = gl.maximum((size + TOKENS - 1) // TOKENS, 1)
+    rows = (size + parts - 1) // parts
+    before = (index - gl.sum(gl.where(passed, blocks, 0), 0)) * rows
+    start = gl.sum(gl.where(passed, sizes, 0), 0) + before
+    return expert, start, gl.minimum(gl.minimum(size - before, rows), P - start)
 
 
 @gluon.jit

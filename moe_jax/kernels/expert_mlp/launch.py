@@ -18,7 +18,7 @@ from moe_jax.kernels.lowering import cuda_capability
 from moe_jax.quantization.tiled import TiledMXFP4
 from moe_jax.tagged import Tagged
 
-_EXACT_PAIRS = 4096
+_EXACT_PAIRS = 1024
 """Up to so many pairs, what experts return is kept in float32 until it is summed."""
 
 

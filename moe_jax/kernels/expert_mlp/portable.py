@@ -48,7 +48,8 @@ def _decode(words, scales, OUTPUTS: tl.constexpr, DTYPE: tl.constexpr):
 def _block_of(group_sizes, index, num_rows, E: tl.constexpr, TOKENS: tl.constexpr):
     """(expert, first row, rows) of the block of that index; E where there is no such block.
 
-    Every expert's rows are cut into blocks of TOKENS. Sizes that are wrong reach no foreign memory.
+    Every expert's rows are cut into as few blocks of at most TOKENS as there can be, of one size
+    but for the last. Sizes that are wrong reach no foreign memory.
     """
     e = tl.arange(0, triton.next_power_of_2(E))
     sizes = tl.load(group_sizes + e, mask=e < E, other=0)
@@ -56,10 +57,12 @@ def _block_of(group_sizes, index, num_rows, E: tl.constexpr, TOKENS: tl.constexp
     blocks = (sizes + TOKENS - 1) // TOKENS
     passed = tl.cumsum(blocks, 0) <= index
     expert = tl.minimum(tl.sum(passed.to(tl.int32)), E)
-    before = (index - tl.sum(tl.where(passed, blocks, 0))) * TOKENS
-    start = tl.sum(tl.where(passed, sizes, 0)) + before
     size = tl.sum(tl.where(e == expert, sizes, 0))
-    return expert, start, tl.minimum(tl.minimum(size - before, TOKENS), num_rows - start)
+    parts = tl.maximum((size + TOKENS - 1) // TOKENS, 1)
+    rows = (size + parts - 1) // parts
+    before = (index - tl.sum(tl.where(passed, blocks, 0))) * rows
+    start = tl.sum(tl.where(passed, sizes, 0)) + before
+    return expert, start, tl.minimum(tl.minimum(size - before, rows), num_rows - start)
 
 
 @triton.jit
