@@ -17,7 +17,7 @@ def test_plans_follow_the_sizes():
     assert not plan(1, experts=128).sorted
     assert plan(1, experts=4).sorted  # every expert is read anyway
     heights = [plan(t).gate_up.tokens for t in (4, 16, 17, 48, 49, 192, 193, 10**6)]
-    assert heights == sorted(heights) and heights[-1] == 128
+    assert heights == sorted(heights) and heights[-1] > 128
 
 
 def test_configurations_fit_the_inputs():
