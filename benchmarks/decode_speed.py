@@ -26,7 +26,8 @@ from gpt_oss.initialization import random_parameters
 from gpt_oss.layout import parameter_specs
 from gpt_oss.model import GptOss
 from gpt_oss.pretrained import load
-from moe_jax import BlockScaled, Tagged, quantize_mxfp4
+from moe_jax import BlockScaled, Tagged, TiledMXFP4, quantize_mxfp4
+from moe_jax.experts.prepare import prepare_for_devices
 
 
 def main() -> None:
@@ -49,14 +50,14 @@ def main() -> None:
 
 
 def _random(path: Path) -> GptOss:
-    """A bfloat16 model with random weights, the experts in MXFP4."""
+    """A bfloat16 model with random weights, the experts in MXFP4 as the loader leaves them."""
     config = GptOssConfig.from_dict(json.loads(path.read_text()))
     specs = parameter_specs(config)
     get: Callable[[str], Tagged] = random_parameters(config, 0, jnp.bfloat16)
     pack = jax.jit(quantize_mxfp4)
 
-    def packed(name: str) -> Tagged | BlockScaled:
-        return pack(get(name)) if specs[name].is_expert_weight else get(name)
+    def packed(name: str) -> Tagged | BlockScaled | TiledMXFP4:
+        return prepare_for_devices(pack(get(name))) if specs[name].is_expert_weight else get(name)
 
     return GptOss(config, packed, dtype=jnp.bfloat16)
 

@@ -48,6 +48,7 @@ def gluon_call(
     out_type: Any,
     grid: tuple[int, ...],
     num_warps: int,
+    max_registers: int | None = None,
     **constants: Any,
 ) -> Any:
     """Calls a kernel. Only while lowering for CUDA, for GPUs of one capability.
@@ -58,6 +59,7 @@ def gluon_call(
         out_type: a pytree of `jax.ShapeDtypeStruct`, the results.
         grid: programs, up to three sizes.
         num_warps: warps a program.
+        max_registers: registers a thread, at most.
         constants: values of the kernel's constexpr parameters.
 
     Returns:
@@ -70,7 +72,7 @@ def gluon_call(
     operands = (*arguments, *results)
     kinds = tuple(_kind(operand) for operand in operands)
     named = tuple(sorted(constants.items()))
-    code = compile_kernel(kernel, kinds, named, num_warps, cuda_capability())
+    code = compile_kernel(kernel, kinds, named, num_warps, max_registers, cuda_capability())
     call = _launch(code, grid, tuple(x if isinstance(x, int) else None for x in operands))
     arrays = [x for x in arguments if not isinstance(x, int)]
     return jax.tree.unflatten(treedef, jax.ffi.ffi_call(_target(), results)(*arrays, opaque=call))
@@ -82,6 +84,7 @@ def compile_kernel(
     kinds: tuple[str, ...],
     constants: tuple[tuple[str, Any], ...],
     num_warps: int,
+    max_registers: int | None,
     capability: int,
 ) -> Code:
     """Compiles a kernel; needs no GPU.
@@ -91,6 +94,7 @@ def compile_kernel(
         kinds: Triton's types of the parameters that are not constants, in order, such as `*bf16`.
         constants: names and values of the parameters that are.
         num_warps: warps a program.
+        max_registers: registers a thread, at most.
         capability: the compute capability to compile for.
 
     Raises:
@@ -102,7 +106,9 @@ def compile_kernel(
 
     target = GPUTarget("cuda", capability, 32)
     backend: Any = make_backend(target)
-    options = backend.parse_options({"num_warps": num_warps, "enable_fp_fusion": True})
+    options = backend.parse_options(
+        {"num_warps": num_warps, "enable_fp_fusion": True, "maxnreg": max_registers}
+    )
     source = gluon_source(kernel, kinds, dict(constants))
     stages: dict[str, Any] = {}
     metadata: dict[str, Any] = {}

@@ -323,7 +323,8 @@ def test_kernels_are_called_with_what_they_take(monkeypatch, capability, tokens)
     experts = Layer.random(np.random.default_rng(0), 4, 64, 128).tiled()
     compiled = []
 
-    def compile_kernel(kernel, kinds, constants, num_warps, capability):
+    def compile_kernel(kernel, kinds, constants, num_warps, max_registers, capability):
+        del max_registers
         compiled.append(gluon_call.gluon_source(kernel, kinds, dict(constants)))
         return gluon_call.Code(kernel.__name__, "", 0, num_warps, capability)
 

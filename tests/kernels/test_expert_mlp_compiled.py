@@ -41,7 +41,7 @@ def compile_calls(monkeypatch, capability, regimes, index, function, *arguments)
     """What the kernels of a function compile to, under the plan of that index, by name."""
     found: dict[str, Compiled] = {}
 
-    def call(kernel, *inputs, out_type, grid, num_warps, **constants):
+    def call(kernel, *inputs, out_type, grid, num_warps, max_registers, **constants):
         del grid
         values = dict(zip(kernel.arg_names, [*inputs, out_type], strict=False))
         kinds = {
@@ -54,7 +54,8 @@ def compile_calls(monkeypatch, capability, regimes, index, function, *arguments)
             constants,
             capability,
             num_warps=num_warps,
-            num_stages=launch.PORTABLE_OPTIONS["num_stages"],
+            num_stages=1,
+            maxnreg=max_registers,
         )
         name = kernel.fn.__name__
         print(name, f"{code.registers} registers, {code.spills} spilled, {code.shared} shared")

@@ -30,9 +30,10 @@ def kernel():
 
 @pytest.mark.compiles
 def test_compiles_without_source_lines(kernel):
-    code = gluon_call.compile_kernel(kernel, KINDS, tuple(sorted(CONSTANTS.items())), 4, 90)
+    code = gluon_call.compile_kernel(kernel, KINDS, tuple(sorted(CONSTANTS.items())), 4, 64, 90)
     assert f".entry {code.name}(" in code.ptx
     assert ".target sm_90a" in code.ptx and "mma.sync" in code.ptx
+    assert ".maxnreg 64" in code.ptx
     assert ".loc" not in code.ptx and "debug" not in code.ptx
     assert (code.num_warps, code.capability) == (4, 90)
     # two stages of a tile of 8 tokens x 64 inputs

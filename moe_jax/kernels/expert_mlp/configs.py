@@ -23,6 +23,7 @@ class Config:
         stages: steps of activations that are in flight from memory.
         tiles: tiles of 64 inputs a step, at most; that many tiles of weights are in flight.
         splits: how many programs share the inputs, at most; each writes sums of its own.
+        registers: registers a thread, at most; None for as many as the compiler takes.
     """
 
     instruction: Literal["mma", "wgmma", "dot"]
@@ -32,6 +33,7 @@ class Config:
     stages: int
     tiles: int
     splits: int = 1
+    registers: int | None = None
 
     def __post_init__(self) -> None:
         tokens = [sum(parts) for parts in self.heights]
@@ -88,8 +90,8 @@ def _narrow(*heights: tuple[int, ...], tiles: int = 5, splits: int = 1) -> Confi
     return Config("mma", 64, heights, num_warps=4, stages=2, tiles=tiles, splits=splits)
 
 
-def _wide(outputs: int, *heights: tuple[int, ...]) -> Config:
-    return Config("wgmma", outputs, heights, num_warps=4, stages=2, tiles=3)
+def _wide(*heights: tuple[int, ...], registers: int | None = None) -> Config:
+    return Config("wgmma", 128, heights, num_warps=4, stages=2, tiles=3, registers=registers)
 
 
 def _portable(outputs: int, tokens: int, num_warps: int) -> Plan:
@@ -97,8 +99,11 @@ def _portable(outputs: int, tokens: int, num_warps: int) -> Plan:
     return Plan(True, config, config)
 
 
-_MEDIUM = _wide(128, (64,), (64, 16), (64, 32))
-_LARGE = _wide(128, (32,), (64,), (64, 32), (128,), (128, 8))
+# few enough registers for four programs a multiprocessor
+_FEWEST = _wide((16,), (32,), registers=128)
+_FEW = _wide((32,), (32, 8), (32, 16))
+_MEDIUM = _wide((64,), (64, 16), (64, 32))
+_LARGE = _wide((32,), (64,), (64, 32), (128,), (128, 8))
 
 HOPPER = (
     Regime(0.5, 4, Plan(False, _narrow((8,), tiles=15), _narrow((8,), tiles=9, splits=5))),
@@ -106,8 +111,8 @@ HOPPER = (
     Regime(0.5, math.inf, Plan(True, _narrow((8,)), _narrow((8,), splits=3))),
     Regime(2, math.inf, Plan(True, _narrow((8,)), _narrow((8,)))),
     Regime(12, math.inf, Plan(True, _narrow((8,), (16,)), _narrow((8,), (16,)))),
-    Regime(24, math.inf, Plan(True, _wide(64, (16,), (32,)), _narrow((8,), (16,), (16, 8)))),
-    Regime(48, math.inf, Plan(True, _wide(128, (32,), (32, 16)), _wide(128, (32,), (32, 16)))),
+    Regime(24, math.inf, Plan(True, _FEWEST, _FEWEST)),
+    Regime(48, math.inf, Plan(True, _FEW, _FEW)),
     Regime(96, math.inf, Plan(True, _MEDIUM, _MEDIUM)),
     Regime(math.inf, math.inf, Plan(True, _LARGE, _LARGE)),
 )

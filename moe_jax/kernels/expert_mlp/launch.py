@@ -124,6 +124,7 @@ def _multiply(
         out_type=out_type,
         grid=(columns * constants.get("SPLITS", 1) * blocks,),
         num_warps=config.num_warps,
+        max_registers=config.registers,
         IN=in_size,
         OUT=out_size,
         E=num_experts,
@@ -160,13 +161,13 @@ def _bias(bias: Tagged) -> jax.Array:
     return bias.untag("expert", "out")
 
 
-PORTABLE_OPTIONS = {"num_stages": 1, "backend_options": {"enable_fp_fusion": True}}
-"""What jax-triton compiles the portable kernels with: their loops are staged already."""
-
-
-def _call(kernel: Any, *arguments: Any, **options: Any) -> Any:
+def _call(kernel: Any, *arguments: Any, max_registers: int | None, **options: Any) -> Any:
     if kernel.is_gluon():
-        return gluon_call(*arguments, kernel=kernel, **options)
+        return gluon_call(*arguments, kernel=kernel, max_registers=max_registers, **options)
     import jax_triton
 
-    return jax_triton.triton_call(*arguments, kernel=kernel, **PORTABLE_OPTIONS, **options)
+    # loops are staged already
+    compiler = {"enable_fp_fusion": True, "maxnreg": max_registers}
+    return jax_triton.triton_call(
+        *arguments, kernel=kernel, num_stages=1, backend_options=compiler, **options
+    )

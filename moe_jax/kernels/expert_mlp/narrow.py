@@ -90,7 +90,7 @@ def tile(
             for p in gl.static_range(len(PARTS)):
                 tokens = shared[p].index(slot * TILES + u).permute((1, 0))
                 rights = rights + (tokens.load(RIGHT),)
-            left = weights.decode(packed[u], exponents[u], OUTPUTS, LEFT)
+            left = weights.decode(packed[u], exponents[u], 0, OUTPUTS, LEFT)
             packed = packed[:u] + (gl.load(words_at + u * 128),) + packed[u + 1 :]
             exponents = exponents[:u] + (gl.load(scales_at + u * 8),) + exponents[u + 1 :]
             for p in gl.static_range(len(PARTS)):

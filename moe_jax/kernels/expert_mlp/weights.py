@@ -46,28 +46,54 @@ def _decode_word(word: str, scale: str, results: list[str]) -> list[str]:
     ]
 
 
-def _decode_lane() -> str:
-    """PTX for a lane: words $16 to $19 and scale bytes $20 -> 16 pairs $0 to $15."""
+def _tile_scales(scales: str) -> list[str]:
+    """PTX for s0 to s3: each of the four exponents where both halves of a pair have theirs."""
     lines = [
-        ".reg .b32 n, t, z, e, o, s0, s1, s2, s3;",
-        ".reg .b16 h0, h1, h2, h3;",
-        "mov.b32 z, 0x80008000;",
-        "and.b32 e, $20, 0x00FF00FF;",
+        ".reg .b32 e, o;",
+        ".reg .b16 h<4>;",
+        f"and.b32 e, {scales}, 0x00FF00FF;",
         "shl.b32 e, e, 7;",
-        "shr.b32 o, $20, 1;",
+        f"shr.b32 o, {scales}, 1;",
         "and.b32 o, o, 0x7F807F80;",
         "mov.b32 {h0, h2}, e;",
         "mov.b32 {h1, h3}, o;",
     ]
-    lines += [f"mov.b32 s{i}, {{h{i}, h{i}}};" for i in range(4)]
-    for i in range(4):
-        lines += _decode_word(f"${16 + i}", f"s{i}", [f"${4 * o + i}" for o in range(4)])
+    return lines + [f"mov.b32 s{i}, {{h{i}, h{i}}};" for i in range(4)]
+
+
+def _scale(scales: str, i: int) -> list[str]:
+    """PTX for one of them; for a half this takes fewer registers."""
+    return [f"prmt.b32 s{i}, {scales}, 0, 0x4{i}4{i};", f"shl.b32 s{i}, s{i}, 7;"]
+
+
+def _decode_lane(count: int, first: int) -> str:
+    """PTX for `count` words of a lane, of which the first is the `first` of its tile.
+
+    $0 on are 4 * count pairs of weights; then come the words, then the scale bytes.
+    """
+    scales = f"${5 * count}"
+    lines = [".reg .b32 n, t, z, s<4>;", "mov.b32 z, 0x80008000;"]
+    lines += _tile_scales(scales) if count == 4 else []
+    for i in range(count):
+        own = first + i
+        lines += [] if count == 4 else _scale(scales, own)
+        results = [f"${count * o + i}" for o in range(4)]
+        lines += _decode_word(f"${4 * count + i}", f"s{own}", results)
     return "{\n" + "\n".join(lines) + "\n}"
 
 
-_DECODE = gl.constexpr(_decode_lane())
-# Triton hands over 8 elements of 2 bytes as 4 registers, and the scales, of 4 bytes, 8 times
-_REGISTERS = gl.constexpr(",".join(["=&r"] * 16 + ["r"] * 12))
+_DECODE_TILE = gl.constexpr(_decode_lane(4, 0))
+_DECODE_HALVES = gl.constexpr((_decode_lane(2, 0), _decode_lane(2, 2)))
+
+
+@triton.constexpr_function
+def _registers(count):
+    """Constraints of the assembly.
+
+    Triton hands over 2 * count elements of 2 bytes as `count` registers, and the scales, of 4 bytes
+    each, once for each element.
+    """
+    return ",".join(["=&r"] * (4 * count) + ["r"] * (3 * count))
 
 
 @triton.constexpr_function
@@ -77,30 +103,41 @@ def tokens_before(parts, p):
 
 
 @gluon.jit
-def decode(words, scales, OUTPUTS: gl.constexpr, OPERAND: gl.constexpr):
-    """words i32 [2 * OUTPUTS, 4], scales i32 [2 * OUTPUTS] -> bf16 [OUTPUTS, 64].
+def decode(words, scales, FIRST: gl.constexpr, OUTPUTS: gl.constexpr, OPERAND: gl.constexpr):
+    """words i32 [2 * OUTPUTS, n], scales i32 [2 * OUTPUTS] -> bf16 [OUTPUTS, 16 * n].
 
     Row 16 w + 8 r + g of the result is output 16 w + 2 g + r, so that nothing changes lanes. The
-    four words keep their order, too: jax-triton has Triton's passes look for better layouts, and
-    another order of words would reach the assembly, which knows which scale belongs to which.
+    words are 4, a tile's, or a half of `split`, from the tile's FIRST on.
     """
-    LANES: gl.constexpr = gl.BlockedLayout([1, 8], [32, 1], [gl.num_warps(), 1], [1, 0])
+    COUNT: gl.constexpr = words.shape[1]
+    LANES: gl.constexpr = gl.BlockedLayout([1, 2 * COUNT], [32, 1], [gl.num_warps(), 1], [1, 0])
     halves = gl.join(words.to(gl.int16), (words >> 16).to(gl.int16))
-    halves = gl.convert_layout(gl.reshape(halves, [2 * OUTPUTS, 8]), LANES, assert_trivial=True)
+    halves = gl.reshape(halves, [2 * OUTPUTS, 2 * COUNT])
+    halves = gl.convert_layout(halves, LANES, assert_trivial=True)
     scales = gl.convert_layout(scales, gl.SliceLayout(1, LANES), assert_trivial=True)
     scales, halves = gl.broadcast(scales[:, None], halves)
     o0, o1, o2, o3 = gl.inline_asm_elementwise(
-        _DECODE,
-        _REGISTERS,
+        _DECODE_TILE if COUNT == 4 else _DECODE_HALVES[FIRST // 2],
+        _registers(COUNT),
         [halves, scales],
         dtype=(gl.bfloat16, gl.bfloat16, gl.bfloat16, gl.bfloat16),
         is_pure=True,
-        pack=8,
+        pack=2 * COUNT,
     )
     codes = gl.join(gl.join(o0, o1), gl.join(o2, o3))
-    codes = gl.reshape(codes, [OUTPUTS // 16, 8, 4, 2, 2, 2, 2, 2])  # w g t a r b h p
+    codes = gl.reshape(codes, [OUTPUTS // 16, 8, 4, COUNT // 2, 2, 2, 2, 2])  # w g t a r b h p
     codes = gl.permute(codes, [0, 4, 1, 3, 7, 6, 2, 5])  # w r g a p h t b
-    return gl.convert_layout(gl.reshape(codes, [OUTPUTS, 64]), OPERAND, assert_trivial=True)
+    codes = gl.reshape(codes, [OUTPUTS, 16 * COUNT])
+    return gl.convert_layout(codes, OPERAND, assert_trivial=True)
+
+
+@gluon.jit
+def split(words):
+    """words i32 [lanes, 4] of 64 inputs -> two of i32 [lanes, 2], of 32 inputs each."""
+    PAIRS: gl.constexpr = gl.BlockedLayout([1, 2], [32, 1], [gl.num_warps(), 1], [1, 0])
+    first, second = gl.split(gl.permute(gl.reshape(words, [words.shape[0], 2, 2]), [0, 2, 1]))
+    first = gl.convert_layout(first, PAIRS, assert_trivial=True)
+    return first, gl.convert_layout(second, PAIRS, assert_trivial=True)
 
 
 @gluon.jit

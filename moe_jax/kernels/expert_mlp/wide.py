@@ -81,41 +81,47 @@ def tile(
             x_at = x_at[:p] + (x_at[p] + 64 * TILES,) + x_at[p + 1 :]
         async_copy.commit_group()
 
-    left = weights.decode(packed[0], exponents[0], OUTPUTS, LEFT)
-    ahead = TILES if STEPS > 1 else 0
-    packed = packed[1:] + (gl.load(words_at + ahead * 128),)
-    exponents = exponents[1:] + (gl.load(scales_at + ahead * 8),)
+    left = weights.decode(weights.split(packed[0])[0], exponents[0], 0, OUTPUTS, LEFT)
+    before = left
     slot = 0
     for i in range(0, STEPS):
-        async_copy.wait_group(STAGES - 2)
-        fence_async_shared()
-        gl.barrier()
         # the last step reads its own weights again
         words_at += (i + 1 < STEPS).to(gl.int32) * (128 * TILES)
         scales_at += (i + 1 < STEPS).to(gl.int32) * (8 * TILES)
+        async_copy.wait_group(STAGES - 2)
+        fence_async_shared()
+        gl.barrier()
         for u in gl.static_range(TILES):
-            for p in gl.static_range(len(PARTS)):
-                total = warpgroup_mma(
-                    gl.convert_layout(left, _operand_layout(WARPS, PARTS[p]), assert_trivial=True),
-                    shared[p].index(slot * TILES + u).permute((1, 0)),
-                    totals[p],
-                    is_async=True,
-                )
-                totals = totals[:p] + (total,) + totals[p + 1 :]
-            if u == 0:
-                free = slot + STAGES - 1
-                free = gl.where(free >= STAGES, free - STAGES, free)
+            for half in gl.static_range(2):
                 for p in gl.static_range(len(PARTS)):
-                    known = inside[p] & (i + STAGES - 1 < STEPS)
-                    weights.copy_rows(shared[p], free, x_at[p], known, TILES)
-                    x_at = x_at[:p] + (x_at[p] + 64 * TILES,) + x_at[p + 1 :]
-                async_copy.commit_group()
-            following = weights.decode(packed[0], exponents[0], OUTPUTS, LEFT)
-            ahead = gl.where(i + 2 < STEPS, TILES, 0) if u + 1 == TILES else u + 1
-            packed = packed[1:] + (gl.load(words_at + ahead * 128),)
-            exponents = exponents[1:] + (gl.load(scales_at + ahead * 8),)
-            waited = warpgroup_mma_wait(0, deps=totals + (left,))
-            totals, left = waited[:-1], following
+                    tokens = shared[p].index(slot * TILES + u).slice(32 * half, 32, dim=1)
+                    total = warpgroup_mma(
+                        gl.convert_layout(
+                            left, _operand_layout(WARPS, PARTS[p]), assert_trivial=True
+                        ),
+                        tokens.permute((1, 0)),
+                        totals[p],
+                        is_async=True,
+                    )
+                    totals = totals[:p] + (total,) + totals[p + 1 :]
+                # the half before is done, this one goes on while the next is decoded
+                waited = warpgroup_mma_wait(len(PARTS), deps=totals + (before,))
+                totals, before = waited[:-1], left
+                if u == 0 and half == 0:
+                    gl.barrier()
+                    free = slot + STAGES - 1
+                    free = gl.where(free >= STAGES, free - STAGES, free)
+                    for p in gl.static_range(len(PARTS)):
+                        known = inside[p] & (i + STAGES - 1 < STEPS)
+                        weights.copy_rows(shared[p], free, x_at[p], known, TILES)
+                        x_at = x_at[:p] + (x_at[p] + 64 * TILES,) + x_at[p + 1 :]
+                    async_copy.commit_group()
+                following = weights.split(packed[0])[1 - half]
+                left = weights.decode(following, exponents[0], 2 - 2 * half, OUTPUTS, LEFT)
+                if half == 0:
+                    packed = packed[1:] + (gl.load(words_at + u * 128),)
+                    exponents = exponents[1:] + (gl.load(scales_at + u * 8),)
         slot = gl.where(slot == STAGES - 1, 0, slot + 1)
+    waited = warpgroup_mma_wait(0, deps=totals + (before,))
     async_copy.wait_group(0)  # what follows may use the same shared memory
-    return totals
+    return waited[:-1]
