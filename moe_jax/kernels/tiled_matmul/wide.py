@@ -19,7 +19,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from moe_jax.kernels.expert_mlp import weights
+from moe_jax.kernels.tiled_matmul import ring, weights
 
 
 @triton.constexpr_function
@@ -35,15 +35,25 @@ def _operand_layout(warps, tokens):
 
 
 @gluon.jit
+def _multiply(left, shared, index, totals, PARTS: gl.constexpr):
+    """Starts to add left bf16 [OUTPUTS, 64] times each part's tile of that index to its total."""
+    sums = ()
+    for p in gl.static_range(len(PARTS)):
+        operand = gl.convert_layout(
+            left, _operand_layout(gl.num_warps(), PARTS[p]), assert_trivial=True
+        )
+        tokens = shared[p].index(index).permute((1, 0))
+        sums = sums + (warpgroup_mma(operand, tokens, totals[p], is_async=True),)
+    return sums
+
+
+@gluon.jit
 def tile(
     x,
     rows,
-    count,
     words,
     scales,
-    expert,
-    column,
-    split,
+    block,
     IN: gl.constexpr,
     OUT: gl.constexpr,
     SPLITS: gl.constexpr,
@@ -53,38 +63,19 @@ def tile(
     STAGES: gl.constexpr,
 ):
     """See `narrow.tile`."""
-    WARPS: gl.constexpr = gl.num_warps()
-    SPAN: gl.constexpr = IN // 64 // SPLITS
-    STEPS: gl.constexpr = SPAN // TILES
-    LEFT: gl.constexpr = _operand_layout(WARPS, PARTS[0])
-    SHARED: gl.constexpr = gl.NVMMASharedLayout(128, 16, 2)
-
-    words_at, scales_at = weights.addresses(
-        words, scales, expert, column, split, IN, OUT, SPLITS, OUTPUTS
-    )
+    STEPS: gl.constexpr = IN // 64 // SPLITS // TILES
+    LEFT: gl.constexpr = _operand_layout(gl.num_warps(), PARTS[0])
+    words_at, scales_at = weights.addresses(words, scales, block, IN, OUT, SPLITS, OUTPUTS)
     packed, exponents = weights.load(words_at, scales_at, TILES)
-    x_at, inside, shared, totals = (), (), (), ()
+    shared, x_at, inside = ring.begin(x, rows, block, IN, SPLITS, PARTS, TILES, STAGES)
+    totals = ()
     for p in gl.static_range(len(PARTS)):
-        at, known = weights.rows_at(
-            x, rows[p], count - weights.tokens_before(PARTS, p), split * (SPAN * 64), IN
-        )
-        x_at, inside = x_at + (at,), inside + (known,)
-        shared = shared + (
-            gl.allocate_shared_memory(gl.bfloat16, [STAGES * TILES, PARTS[p], 64], SHARED),
-        )
         totals = totals + (
-            gl.zeros([OUTPUTS, PARTS[p]], gl.float32, _product_layout(WARPS, PARTS[p])),
+            gl.zeros([OUTPUTS, PARTS[p]], gl.float32, _product_layout(gl.num_warps(), PARTS[p])),
         )
-    for i in gl.static_range(STAGES - 1):
-        for p in gl.static_range(len(PARTS)):
-            weights.copy_rows(shared[p], i, x_at[p], inside[p] & (i < STEPS), TILES)
-            x_at = x_at[:p] + (x_at[p] + 64 * TILES,) + x_at[p + 1 :]
-        async_copy.commit_group()
-
     left = weights.decode(packed[0], exponents[0], OUTPUTS, LEFT)
     ahead = TILES if STEPS > 1 else 0
-    packed = packed[1:] + (gl.load(words_at + ahead * 128),)
-    exponents = exponents[1:] + (gl.load(scales_at + ahead * 8),)
+    packed, exponents = weights.advance(packed, exponents, words_at, scales_at, ahead)
     slot = 0
     for i in range(0, STEPS):
         async_copy.wait_group(STAGES - 2)
@@ -94,28 +85,15 @@ def tile(
         words_at += (i + 1 < STEPS).to(gl.int32) * (128 * TILES)
         scales_at += (i + 1 < STEPS).to(gl.int32) * (8 * TILES)
         for u in gl.static_range(TILES):
-            for p in gl.static_range(len(PARTS)):
-                total = warpgroup_mma(
-                    gl.convert_layout(left, _operand_layout(WARPS, PARTS[p]), assert_trivial=True),
-                    shared[p].index(slot * TILES + u).permute((1, 0)),
-                    totals[p],
-                    is_async=True,
-                )
-                totals = totals[:p] + (total,) + totals[p + 1 :]
+            totals = _multiply(left, shared, slot * TILES + u, totals, PARTS)
             if u == 0:
-                free = slot + STAGES - 1
-                free = gl.where(free >= STAGES, free - STAGES, free)
-                for p in gl.static_range(len(PARTS)):
-                    known = inside[p] & (i + STAGES - 1 < STEPS)
-                    weights.copy_rows(shared[p], free, x_at[p], known, TILES)
-                    x_at = x_at[:p] + (x_at[p] + 64 * TILES,) + x_at[p + 1 :]
-                async_copy.commit_group()
+                free = ring.slot_before(slot, STAGES)
+                x_at = ring.copy(shared, free, x_at, inside, i + STAGES - 1 < STEPS, TILES)
             following = weights.decode(packed[0], exponents[0], OUTPUTS, LEFT)
             ahead = gl.where(i + 2 < STEPS, TILES, 0) if u + 1 == TILES else u + 1
-            packed = packed[1:] + (gl.load(words_at + ahead * 128),)
-            exponents = exponents[1:] + (gl.load(scales_at + ahead * 8),)
+            packed, exponents = weights.advance(packed, exponents, words_at, scales_at, ahead)
             waited = warpgroup_mma_wait(0, deps=totals + (left,))
             totals, left = waited[:-1], following
-        slot = gl.where(slot == STAGES - 1, 0, slot + 1)
+        slot = ring.slot_after(slot, STAGES)
     async_copy.wait_group(0)  # what follows may use the same shared memory
     return totals
