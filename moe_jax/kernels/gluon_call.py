@@ -100,7 +100,7 @@ def compile_kernel(
     Raises:
         TypeError: the kernel has other parameters.
     """
-    import triton
+    from triton import knobs
     from triton.backends.compiler import GPUTarget
     from triton.compiler import make_backend
 
@@ -112,8 +112,8 @@ def compile_kernel(
     source = gluon_source(kernel, kinds, dict(constants))
     stages: dict[str, Any] = {}
     metadata: dict[str, Any] = {}
-    with triton.knobs.compilation.scope():
-        triton.knobs.compilation.disable_line_info = True
+    with knobs.compilation.scope():
+        knobs.compilation.disable_line_info = True
         backend.add_stages(stages, options, source.language)
         code = source.make_ir(
             target,

@@ -18,6 +18,9 @@ import jax.extend as jex
 import numpy as np
 from jax.interpreters import batching, mlir
 
+_LEAST_CAPABILITY = 80
+"""Of GPUs that have bfloat16 and asynchronous copies."""
+
 _INSTALL = "install it with the extra moe_jax[cuda13] or moe_jax[cuda12]"
 
 
@@ -44,7 +47,7 @@ def per_platform(
 
     Raises:
         ValueError: `implementation` is none of these; on lowering, it is "triton" for another
-            platform than CUDA.
+            platform than CUDA, or for GPUs older than compute capability 8.0.
         ImportError: on lowering `implementation="triton"` for CUDA without jax-triton.
     """
     primitive = jex.core.Primitive(f"moe_jax_{name}")
@@ -76,7 +79,11 @@ def per_platform(
     lower_cuda = mlir.lower_fun(flat(cuda), multiple_results=True)
 
     def on_cuda(context: Any, *values: Any, implementation: str | None, **static: Any) -> Any:
-        kernel = implementation != "xla" and _has_jax_triton(name, implementation)
+        kernel = (
+            implementation != "xla"
+            and _has_jax_triton(name, implementation)
+            and _has_new_gpus(name, implementation)
+        )
         return (lower_cuda if kernel else lower_default)(context, *values, **static)
 
     def elsewhere(context: Any, *values: Any, implementation: str | None, **static: Any) -> Any:
@@ -137,14 +144,39 @@ def cuda_capability() -> int:
     Raises:
         ValueError: the process has GPUs of different capabilities.
     """
-    found = {device.compute_capability for device in jax.local_devices(backend="cuda")}
+    found = _capabilities()
     if len(found) > 1:
         raise ValueError(
             f"kernels are lowered for GPUs of one compute capability, this process has {found}: "
             "hide some with CUDA_VISIBLE_DEVICES, or use implementation='xla'"
         )
-    major, minor = found.pop().split(".")
-    return 10 * int(major) + int(minor)
+    return found[0]
+
+
+def _capabilities() -> list[int]:
+    """The compute capabilities of this process's GPUs, ascending, 90 for 9.0."""
+    found = {device.compute_capability for device in jax.local_devices(backend="cuda")}
+    return sorted(10 * int(major) + int(minor) for major, minor in (c.split(".") for c in found))
+
+
+def _has_new_gpus(name: str, implementation: str | None) -> bool:
+    """Whether the kernel runs on this process's GPUs. Raises ValueError where it must and cannot.
+
+    A process without GPUs lowers for those of another.
+    """
+    try:
+        oldest = min(_capabilities(), default=_LEAST_CAPABILITY)
+    except RuntimeError:  # JAX has no such backend
+        return True
+    if oldest >= _LEAST_CAPABILITY:
+        return True
+    needed = f"needs GPUs of compute capability 8.0 or later, this process has {oldest / 10}"
+    if implementation == "triton":
+        raise ValueError(
+            f"{name} with implementation='triton' {needed}: use implementation=None or 'xla'"
+        )
+    _warn_once(f"{name} runs in XLA, slower than its kernel, which {needed}")
+    return False
 
 
 def _has_jax_triton(name: str, implementation: str | None) -> bool:

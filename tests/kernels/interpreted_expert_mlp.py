@@ -15,8 +15,10 @@ from triton_tools import HostTensor
 
 import moe_jax
 from moe_jax.kernels.dispatch import launch as dispatch
-from moe_jax.kernels.expert_mlp import configs, launch, portable
-from moe_jax.kernels.expert_mlp.configs import Config, Plan, Regime
+from moe_jax.kernels.expert_mlp import launch
+from moe_jax.kernels.tiled_matmul import configs
+from moe_jax.kernels.tiled_matmul import launch as matmul
+from moe_jax.kernels.tiled_matmul.configs import Config, Plan, Regime
 
 # NumPy warns where the kernels compute infinities and NaN that they then do not use
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -41,16 +43,16 @@ def interpreter():
         return jax.tree.map(jnp.asarray, outputs)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(launch, "_call", call)
+        patch.setattr(matmul, "_call", call)
         patch.setattr(dispatch, "_call", call)
-        patch.setattr(launch, "cuda_capability", lambda: 80)
+        patch.setattr(matmul, "cuda_capability", lambda: 80)
         yield
 
 
 @pytest.fixture(params=PLANS.values(), ids=PLANS)
 def plan(request, monkeypatch):
     regimes = (Regime(math.inf, math.inf, request.param),)
-    monkeypatch.setattr(launch, "_kernels", lambda *_: (portable, regimes))
+    monkeypatch.setattr(matmul, "_regimes", lambda _: regimes)
     return request.param
 
 
@@ -113,7 +115,7 @@ def test_every_scale(rng):
     oracle = dataclasses.replace(oracle, down=dataclasses.replace(oracle.down, scales=scales))
     rows = rng.normal(size=(40, 32)).astype(np.float32) * 2.0**-12
     sizes = np.array([9, 0, 20, 5, 6], np.int32)
-    y = launch.multiply_rows(jnp.asarray(rows), oracle.tiled().down, jnp.asarray(sizes))
+    y = matmul.multiply_rows(jnp.asarray(rows), oracle.tiled().down, jnp.asarray(sizes))
     expert = np.repeat(np.arange(5), sizes)
     expected = np.einsum("roi,ri->ro", oracle.down.values()[expert], rows.astype(np.float64))
     # 2^-127 of an expert's largest weight, of 2^127 here, counts as nothing
@@ -127,7 +129,7 @@ def test_every_scale(rng):
 def test_rows(sizes, rng):
     oracle = layer(rng, "whole_tiles")
     rows = rng.normal(size=(40, 192)).astype(np.float32)
-    y = launch.multiply_rows(jnp.asarray(rows), oracle.tiled().down, jnp.asarray(sizes, jnp.int32))
+    y = matmul.multiply_rows(jnp.asarray(rows), oracle.tiled().down, jnp.asarray(sizes, jnp.int32))
     expert = np.repeat(np.arange(5), sizes)
     expected = np.zeros((40, 64))
     expected[: len(expert)] = np.einsum(

@@ -19,6 +19,7 @@ from moe_jax.kernels import gluon_call
 from moe_jax.kernels.dispatch import launch as dispatch
 from moe_jax.kernels.expert_mlp import launch
 from moe_jax.kernels.expert_mlp.api import Logits, expert_mlp, is_supported
+from moe_jax.kernels.tiled_matmul import launch as matmul
 
 EXPERTS, HIDDEN, INTERMEDIATE, K = 5, 64, 96, 2
 ATOL = 0.6
@@ -280,9 +281,9 @@ def lowered(monkeypatch, capability, function, *arguments) -> list[tuple[str, di
         called.append((kernel.fn.__name__, options))
         return jax.tree.map(lambda t: jnp.zeros(t.shape, t.dtype), out_type)
 
-    monkeypatch.setattr(launch, "_call", call)
+    monkeypatch.setattr(matmul, "_call", call)
     monkeypatch.setattr(dispatch, "_call", call)
-    monkeypatch.setattr(launch, "cuda_capability", lambda: capability)
+    monkeypatch.setattr(matmul, "cuda_capability", lambda: capability)
     jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",))
     return called
 
@@ -328,7 +329,7 @@ def test_kernels_are_called_with_what_they_take(monkeypatch, capability, tokens)
         compiled.append(gluon_call.gluon_source(kernel, kinds, dict(constants)))
         return gluon_call.Code(kernel.__name__, "", 0, num_warps, capability)
 
-    monkeypatch.setattr(launch, "cuda_capability", lambda: capability)
+    monkeypatch.setattr(matmul, "cuda_capability", lambda: capability)
     monkeypatch.setattr(gluon_call, "cuda_capability", lambda: capability)
     monkeypatch.setattr(gluon_call, "compile_kernel", compile_kernel)
     monkeypatch.setattr(gluon_call, "_launch", lambda *_: b"")
@@ -337,7 +338,7 @@ def test_kernels_are_called_with_what_they_take(monkeypatch, capability, tokens)
         return (
             launch.routed_layer(experts, x, logits, None, 2),
             launch.layer(experts, x, ids, weights),
-            launch.multiply_rows(x, experts.gate_up, sizes),
+            matmul.multiply_rows(x, experts.gate_up, sizes),
         )
 
     shapes = (tokens, 64), (tokens, 4), (tokens, 2), (tokens, 2), (4,)

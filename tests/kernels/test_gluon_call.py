@@ -23,7 +23,7 @@ CONSTANTS = {
 @pytest.fixture
 def kernel():
     pytest.importorskip("triton", reason=MISSING)
-    from moe_jax.kernels.expert_mlp import hopper
+    from moe_jax.kernels.tiled_matmul import hopper
 
     return hopper.rows_kernel
 

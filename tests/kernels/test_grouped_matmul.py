@@ -22,9 +22,15 @@ IMPLEMENTATIONS = [
     pytest.param(None, id="by_platform"),
     pytest.param("triton", id="triton", marks=NEEDS_GPU),
 ]
-WEIGHTS = {"float32": 1e-5, "bfloat16": 1.5e-2, "mxfp4": 1e-5, "mxfp4_bfloat16": 1.5e-2}
+WEIGHTS = {
+    "float32": 1e-5,
+    "float16": 2e-3,
+    "bfloat16": 1.5e-2,
+    "mxfp4": 1e-5,
+    "mxfp4_bfloat16": 1.5e-2,
+}
 """Weight kinds, and the error allowed relative to the largest value."""
-FLOATS = ["float32", "bfloat16"]
+FLOATS = ["float32", "float16", "bfloat16"]
 
 GROUPS = {
     "no_rows": (0, [0, 0, 0]),
@@ -55,7 +61,7 @@ def make_weight(rng, kind: str, experts: int) -> tuple[Tagged | BlockScaled, np.
 
 
 def make_rows(rng, kind: str, rows: int, size: int) -> jax.Array:
-    dtype = jnp.bfloat16 if kind.endswith("bfloat16") else jnp.float32
+    dtype = "float32" if kind == "mxfp4" else kind.removeprefix("mxfp4_")
     return jnp.asarray(rng.normal(size=(rows, size)), dtype)
 
 

@@ -9,8 +9,8 @@ from triton_tools import MISSING
 
 import moe_jax
 from moe_jax import tag
-from moe_jax.kernels.expert_mlp import launch
 from moe_jax.kernels.grouped_matmul import grouped_matmul
+from moe_jax.kernels.tiled_matmul import launch
 
 SIZES = np.array([4, 0, 9, 2], np.int32)
 

@@ -115,6 +115,30 @@ def test_without_jax_triton(monkeypatch):
     lowered_for("cuda")  # warnings are errors here: it does not come twice
 
 
+def gpus(*capabilities: str) -> list[SimpleNamespace]:
+    return [SimpleNamespace(compute_capability=c) for c in capabilities]
+
+
+@pytest.mark.parametrize("capabilities", [("7.5",), ("9.0", "7.5")])
+def test_old_gpus_run_in_xla(monkeypatch, capabilities):
+    monkeypatch.setattr(lowering.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(jax, "local_devices", lambda **_: gpus(*capabilities))
+    lowering._warn_once.cache_clear()
+    with pytest.raises(ValueError, match="capability 8.0 or later, this process has 7.5: use"):
+        lowered_for("cuda", "triton")
+    assert "sine" not in lowered_for("cuda", "xla")
+    with pytest.warns(UserWarning, match="halves runs in XLA.*8.0 or later, this process has 7.5"):
+        assert "sine" not in lowered_for("cuda")
+    assert "sine" not in lowered_for("cuda")  # warnings are errors here: it does not come twice
+
+
+def test_new_gpus_get_their_own_function(monkeypatch):
+    monkeypatch.setattr(lowering.importlib.util, "find_spec", lambda name: name)
+    for capability in ("8.0", "12.0"):
+        monkeypatch.setattr(jax, "local_devices", lambda c=capability, **_: gpus(c))
+        assert "sine" in lowered_for("cuda") and "sine" in lowered_for("cuda", "triton")
+
+
 def test_importing_the_library_imports_no_triton():
     code = "import moe_jax, moe_jax.kernels.grouped_matmul, sys; assert 'triton' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -127,9 +151,6 @@ def test_unknown_implementations_are_refused():
 
 
 def test_capability_is_that_of_all_gpus(monkeypatch):
-    def gpus(*capabilities: str) -> list[SimpleNamespace]:
-        return [SimpleNamespace(compute_capability=c) for c in capabilities]
-
     monkeypatch.setattr(jax, "local_devices", lambda **_: gpus("9.0", "9.0"))
     assert lowering.cuda_capability() == 90
     monkeypatch.setattr(jax, "local_devices", lambda **_: gpus("9.0", "10.0"))

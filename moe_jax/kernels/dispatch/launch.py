@@ -22,7 +22,7 @@ def route_pairs(
     logits: jax.Array, token_mask: jax.Array | None = None, *, experts_per_token: int
 ) -> RoutedPairs:
     """See `api`."""
-    from moe_jax.kernels.dispatch import triton_sort as kernels
+    from moe_jax.kernels.dispatch import triton_route as kernels
 
     (num_tokens, num_experts), k = logits.shape, experts_per_token
     num_pairs = num_tokens * k

@@ -1,9 +1,8 @@
-"""Triton kernels for routing and for the counting sort of (token, expert) pairs.
+"""Triton kernels for the counting sort of (token, expert) pairs.
 
-A tile is [token, expert]. Choosing takes `K` rounds of arg max over experts, on integer keys that
-order floats. Where a token's experts are marked in a tile, the number of marks above one is the
-rank of its pair within the expert: the sort needs no comparison of pairs, and no atomics, so that
-its result is the same each time. The marks are summed several experts to a word.
+A tile is [token, expert]. Where a token's experts are marked in it, the number of marks above one
+is the rank of its pair within the expert: the sort needs no comparison of pairs, and no atomics, so
+that its result is the same each time. The marks are summed several experts to a word.
 
 Few tokens take one program. Many are split in chunks: a first kernel ranks pairs within their chunk
 and counts the chunk's pairs for each expert, and `place_pairs` adds what other chunks hold.
@@ -16,74 +15,6 @@ This module imports Triton: import it only where a lowering for CUDA needs it.
 
 import triton
 import triton.language as tl
-
-_NAN = tl.constexpr(0x7FFFFFFF)
-_MINUS_INF = tl.constexpr(-0x7F800001)
-_TAKEN = tl.constexpr(-0x80000000)
-
-
-@triton.jit
-def _key(x):
-    """int32 in the order of float32 `x`: both zeros are one, and any NaN is above all else."""
-    bits = (x + 0.0).to(tl.int32, bitcast=True)
-    return tl.where(x != x, _NAN, bits ^ ((bits >> 31) & 0x7FFFFFFF))
-
-
-@triton.jit
-def _value(key):
-    """The float32 of a key; of NaN's, a NaN."""
-    return (key ^ ((key >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
-
-
-@triton.jit
-def _choose(
-    logits,
-    token_mask,
-    ids,
-    pair_weight,
-    token,
-    num_tokens,
-    E: tl.constexpr,
-    K: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-):
-    """Writes ids and weights of a tile of tokens.
-
-    Returns the ids, int32 [token, BLOCK_K], and the experts they mark, int32 [token, expert].
-    """
-    expert = tl.arange(0, BLOCK_E)[None, :]
-    nth = tl.arange(0, BLOCK_K)[None, :]
-    here = token < num_tokens
-    real = here[:, None] & (expert < E)
-    x = tl.load(logits + token[:, None] * E + expert, mask=real, other=float("-inf"))
-    keep = here
-    if HAS_MASK:
-        keep = tl.load(token_mask + token, mask=here, other=0) != 0
-    key = tl.where(expert < E, _key(x.to(tl.float32)), _TAKEN)
-    index = tl.full([token.shape[0], BLOCK_K], E, tl.int32)
-    found = tl.full([token.shape[0], BLOCK_K], _MINUS_INF, tl.int32)
-    for j in tl.static_range(K):
-        best = tl.max(key, 1)[:, None]
-        where = tl.min(tl.where(key == best, expert, BLOCK_E), 1)[:, None]
-        key = tl.where(expert == where, _TAKEN, key)
-        index = tl.where(nth == j, where, index)
-        found = tl.where(nth == j, best, found)
-    top = tl.max(found, 1)[:, None]
-    unknown = top == _NAN
-    valid = keep[:, None] & (nth < K) & ((found > _MINUS_INF) | unknown)
-    gate = tl.where(valid, tl.exp(_value(found) - _value(top)), 0.0)
-    total = tl.sum(gate, 1)[:, None]
-    weight = tl.where(unknown, float("nan"), gate * tl.where(total == 0.0, 0.0, 1.0 / total))
-    weight = tl.where(valid, weight, 0.0)
-    index = tl.where(valid, index, E)
-    pair = token[:, None] * K + nth
-    tl.store(ids + pair, index, mask=here[:, None] & (nth < K))
-    tl.store(pair_weight + pair, weight, mask=here[:, None] & (nth < K))
-    barred = (_key(x.to(tl.float32)) <= _MINUS_INF) & (top != _NAN)
-    marks = (key == _TAKEN) & (expert < E) & keep[:, None] & (barred == 0)
-    return index, marks.to(tl.int32)
 
 
 @triton.jit
@@ -100,10 +31,23 @@ def _unpack(words, index, PER_WORD: tl.constexpr, BITS: tl.constexpr):
 
 
 @triton.jit
-def _count_named(index, E: tl.constexpr, K: tl.constexpr, BLOCK_E: tl.constexpr):
-    """How often tokens name experts, int32 [token, expert], and how often each pair's expert was
-    named by an earlier pair of the token, int32 [token, BLOCK_K]."""
-    nth = tl.arange(0, index.shape[1])[None, :]
+def _name(
+    ids,
+    token,
+    num_tokens,
+    E: tl.constexpr,
+    K: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Reads the ids of a tile of tokens.
+
+    Returns them, int32 [token, BLOCK_K], how often they name each expert, int32 [token, expert],
+    and how often each pair's expert was named by an earlier pair of its token, like the ids.
+    """
+    nth = tl.arange(0, BLOCK_K)[None, :]
+    here = (token < num_tokens)[:, None] & (nth < K)
+    index = tl.load(ids + token[:, None] * K + nth, mask=here, other=-1)
     expert = tl.arange(0, BLOCK_E)[None, :]
     marks = tl.zeros([index.shape[0], BLOCK_E], tl.int32)
     again = tl.zeros(index.shape, tl.int32)
@@ -111,7 +55,7 @@ def _count_named(index, E: tl.constexpr, K: tl.constexpr, BLOCK_E: tl.constexpr)
         which = tl.sum(tl.where(nth == j, index, 0), 1)[:, None]
         marks += ((which == expert) & (expert < E)).to(tl.int32)
         again += ((which == index) & (nth > j)).to(tl.int32)
-    return marks, again
+    return index, marks, again
 
 
 @triton.jit
@@ -131,7 +75,7 @@ def _rank(marks, index, BITS: tl.constexpr):
 
 
 @triton.jit
-def _sort(
+def sort_tile(
     marks,
     index,
     again,
@@ -186,37 +130,10 @@ def _rank_tile(
 
 
 @triton.jit
-def route_once(
-    logits,
-    token_mask,
+def rank_chunk(
+    MARK: tl.constexpr,
+    arguments,
     num_tokens,
-    ids,
-    pair_weight,
-    order,
-    group_sizes,
-    E: tl.constexpr,
-    K: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_E: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BITS: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-):
-    """Routes up to BLOCK_T tokens in one program: logits [T, E] -> ids, weights, order, sizes."""
-    token = tl.arange(0, BLOCK_T)
-    index, marks = _choose(
-        logits, token_mask, ids, pair_weight, token, num_tokens, E, K, BLOCK_E, BLOCK_K, HAS_MASK
-    )
-    _sort(marks, index, 0, token, num_tokens, order, group_sizes, E, K, BLOCK_E, BITS)
-
-
-@triton.jit
-def route_chunk(
-    logits,
-    token_mask,
-    num_tokens,
-    ids,
-    pair_weight,
     rank,
     counts,
     E: tl.constexpr,
@@ -226,36 +143,19 @@ def route_chunk(
     BLOCK_K: tl.constexpr,
     BITS: tl.constexpr,
     TILES: tl.constexpr,
-    HAS_MASK: tl.constexpr,
 ):
-    """Routes TILES * BLOCK_T tokens; ranks int32 [P] within the chunk, counts int32 [chunks, E]."""
+    """Writes the ranks of the pairs of TILES * BLOCK_T tokens, and the chunk's pairs by expert.
+
+    MARK(*arguments, ...) -> (index, marks, again) of a tile, as `_name` does.
+    """
     chunk = tl.program_id(0)
     expert = tl.arange(0, BLOCK_E)
     sizes = tl.zeros([BLOCK_E], tl.int32)
     for tile in range(TILES):
         token = (chunk * TILES + tile) * BLOCK_T + tl.arange(0, BLOCK_T)
-        index, marks = _choose(
-            logits,
-            token_mask,
-            ids,
-            pair_weight,
-            token,
-            num_tokens,
-            E,
-            K,
-            BLOCK_E,
-            BLOCK_K,
-            HAS_MASK,
-        )
-        sizes = _rank_tile(marks, index, 0, sizes, token, num_tokens, rank, E, K, BITS)
+        index, marks, again = MARK(*arguments, token, num_tokens, E, K, BLOCK_E, BLOCK_K)
+        sizes = _rank_tile(marks, index, again, sizes, token, num_tokens, rank, E, K, BITS)
     tl.store(counts + chunk * E + expert, sizes, mask=expert < E)
-
-
-@triton.jit
-def _load_ids(ids, token, num_tokens, K: tl.constexpr, BLOCK_K: tl.constexpr):
-    nth = tl.arange(0, BLOCK_K)[None, :]
-    here = (token < num_tokens)[:, None] & (nth < K)
-    return tl.load(ids + token[:, None] * K + nth, mask=here, other=-1)
 
 
 @triton.jit
@@ -273,9 +173,8 @@ def sort_once(
 ):
     """Sorts the pairs of up to BLOCK_T tokens in one program: ids [T, K] -> order, sizes."""
     token = tl.arange(0, BLOCK_T)
-    index = _load_ids(ids, token, num_tokens, K, BLOCK_K)
-    marks, again = _count_named(index, E, K, BLOCK_E)
-    _sort(marks, index, again, token, num_tokens, order, group_sizes, E, K, BLOCK_E, BITS)
+    index, marks, again = _name(ids, token, num_tokens, E, K, BLOCK_E, BLOCK_K)
+    sort_tile(marks, index, again, token, num_tokens, order, group_sizes, E, K, BLOCK_E, BITS)
 
 
 @triton.jit
@@ -293,15 +192,9 @@ def sort_chunk(
     TILES: tl.constexpr,
 ):
     """Ranks int32 [P] of the pairs of TILES * BLOCK_T tokens, and counts int32 [chunks, E]."""
-    chunk = tl.program_id(0)
-    expert = tl.arange(0, BLOCK_E)
-    sizes = tl.zeros([BLOCK_E], tl.int32)
-    for tile in range(TILES):
-        token = (chunk * TILES + tile) * BLOCK_T + tl.arange(0, BLOCK_T)
-        index = _load_ids(ids, token, num_tokens, K, BLOCK_K)
-        marks, again = _count_named(index, E, K, BLOCK_E)
-        sizes = _rank_tile(marks, index, again, sizes, token, num_tokens, rank, E, K, BITS)
-    tl.store(counts + chunk * E + expert, sizes, mask=expert < E)
+    rank_chunk(
+        _name, (ids,), num_tokens, rank, counts, E, K, BLOCK_T, BLOCK_E, BLOCK_K, BITS, TILES
+    )
 
 
 @triton.jit

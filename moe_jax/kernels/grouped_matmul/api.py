@@ -2,7 +2,7 @@
 
 Contract, for every backend:
 
-    rows          {row, in}            float32 or bfloat16, sorted by expert
+    rows          {row, in}            floats, sorted by expert
     weight        {expert, out, in}    a float array, or MXFP4: BlockScaled or TiledMXFP4
     group_sizes   {expert}             int32; the first group_sizes[0] rows belong to expert 0, ...
     result        {row, out}           dtype of rows; sums are kept in float32
@@ -10,6 +10,9 @@ Contract, for every backend:
 
 Shapes are static, the contents of `group_sizes` are not: experts without rows, all rows with one
 expert, and no rows at all are valid. Gradients reach `rows`, and `weight` where it is floats.
+
+The kernels take rows of bfloat16, float16 and float32, those of tiled weights bfloat16. Weights of
+other floats than the rows are cast to theirs.
 """
 
 from typing import Literal, get_args

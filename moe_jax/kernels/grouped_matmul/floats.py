@@ -54,7 +54,7 @@ def _multiply_in_xla(
 def _multiply_in_triton(
     rows: jax.Array, weight: jax.Array, group_sizes: jax.Array, *, over: str
 ) -> jax.Array:
-    from moe_jax.kernels.grouped_matmul import triton_bfloat16 as kernels
+    from moe_jax.kernels.grouped_matmul import triton_floats as kernels
 
     num_rows, k = rows.shape
     experts, out, inner = weight.shape
@@ -75,7 +75,7 @@ def _outer_products_in_xla(
 def _outer_products_in_triton(
     gradient: jax.Array, rows: jax.Array, group_sizes: jax.Array, *, dtype: Any
 ) -> jax.Array:
-    from moe_jax.kernels.grouped_matmul import triton_bfloat16 as kernels
+    from moe_jax.kernels.grouped_matmul import triton_floats as kernels
 
     experts, out, inner = group_sizes.shape[0], gradient.shape[1], rows.shape[1]
     config = tiles.for_weight_gradient((out, inner), rows.dtype, cuda_capability())

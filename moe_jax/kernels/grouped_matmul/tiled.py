@@ -10,9 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from moe_jax.kernels.expert_mlp import launch
 from moe_jax.kernels.grouped_matmul import reference
 from moe_jax.kernels.lowering import no_gradient, per_platform
+from moe_jax.kernels.tiled_matmul import launch
 from moe_jax.quantization.tiled import TiledMXFP4
 
 

@@ -1,4 +1,4 @@
-"""The float kernels against NumPy in float64; run by test_triton_bfloat16 in a process of its own.
+"""The float kernels against NumPy in float64; run by test_triton_floats in a process of its own.
 
 Results start as NaN, so that a test sees elements that no program writes.
 """
@@ -8,7 +8,7 @@ import pytest
 from triton.tools.tensor_descriptor import TensorDescriptor
 from triton_tools import HostTensor
 
-from moe_jax.kernels.grouped_matmul import triton_bfloat16 as kernels
+from moe_jax.kernels.grouped_matmul import triton_floats as kernels
 from moe_jax.kernels.grouped_matmul.tiles import Config
 
 GROUPS = {

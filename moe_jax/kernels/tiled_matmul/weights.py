@@ -15,7 +15,6 @@ This module imports Triton: import it only where a lowering for CUDA needs it.
 import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.ampere import async_copy
 
 
 def _decode_word(word: str, scale: str, results: list[str]) -> list[str]:
@@ -96,18 +95,13 @@ def _registers(count):
     return ",".join(["=&r"] * (4 * count) + ["r"] * (3 * count))
 
 
-@triton.constexpr_function
-def tokens_before(parts, p):
-    """How many tokens the parts before the p-th hold."""
-    return sum(parts[:p])
-
-
 @gluon.jit
 def decode(words, scales, FIRST: gl.constexpr, OUTPUTS: gl.constexpr, OPERAND: gl.constexpr):
     """words i32 [2 * OUTPUTS, n], scales i32 [2 * OUTPUTS] -> bf16 [OUTPUTS, 16 * n].
 
-    Row 16 w + 8 r + g of the result is output 16 w + 2 g + r, so that nothing changes lanes. The
-    words are 4, a tile's, or a half of `split`, from the tile's FIRST on.
+    Row 16 w + 8 r + g of the result is output 16 w + 2 g + r, so that nothing changes lanes. A
+    lane's words are 4, a tile's, or a half from `split`, from the tile's FIRST on; they reach the
+    assembly in their order, as it knows which scale belongs to which.
     """
     COUNT: gl.constexpr = words.shape[1]
     LANES: gl.constexpr = gl.BlockedLayout([1, 2 * COUNT], [32, 1], [gl.num_warps(), 1], [1, 0])
@@ -144,27 +138,26 @@ def split(words):
 def addresses(
     words,
     scales,
-    expert,
-    column,
-    split,
+    block,
     IN: gl.constexpr,
     OUT: gl.constexpr,
     SPLITS: gl.constexpr,
     OUTPUTS: gl.constexpr,
 ):
-    """Where each lane's words and scales of a split's first tile of inputs are.
+    """Where the words and scales of the first tile of a `schedule.Block`'s inputs are.
 
-    A tile of inputs further they are 128 words and 8 scales further. Where there are no more
+    That is words [2 * OUTPUTS, 4] and scales [2 * OUTPUTS], a lane's in its own registers. A tile
+    of inputs further they are 128 words and 8 scales further. Where there are no more
     outputs, the last are read again.
     """
     LAYOUT: gl.constexpr = gl.BlockedLayout([1, 4], [32, 1], [gl.num_warps(), 1], [1, 0])
     ACROSS: gl.constexpr = IN // 64
     DOWN: gl.constexpr = (OUT + 15) // 16
-    first = expert.to(gl.int64) * (DOWN * ACROSS)
+    first = block.expert.to(gl.int64) * (DOWN * ACROSS)
     lane = gl.arange(0, 2 * OUTPUTS, layout=gl.SliceLayout(1, LAYOUT))
     word = gl.arange(0, 4, layout=gl.SliceLayout(0, LAYOUT))
-    down = gl.minimum(column * (OUTPUTS // 16) + lane // 32, DOWN - 1)
-    tile = down * ACROSS + split * (ACROSS // SPLITS)
+    down = gl.minimum(block.column * (OUTPUTS // 16) + lane // 32, DOWN - 1)
+    tile = down * ACROSS + block.split * (ACROSS // SPLITS)
     words_at = words + first * 128 + (tile * 128 + lane % 32 * 4)[:, None] + word[None, :]
     return words_at, scales + first * 8 + (tile * 8 + lane % 32 // 4)
 
@@ -179,23 +172,9 @@ def load(words_at, scales_at, TILES: gl.constexpr):
     return words, scales
 
 
-@triton.constexpr_function
-def read_layout(warps):
-    """The layout in which rows are read: 16 bytes a lane, fewer where tokens are few."""
-    return gl.BlockedLayout([1, 8], [4, 8], [warps, 1], [1, 0])
-
-
 @gluon.jit
-def rows_at(x, row, count, first, IN: gl.constexpr):
-    """Where each row's 64 inputs from `first` on are, and which rows there are."""
-    ROWS: gl.constexpr = read_layout(gl.num_warps())
-    m = gl.arange(0, row.shape[0], layout=gl.SliceLayout(1, ROWS))
-    k = gl.arange(0, 64, layout=gl.SliceLayout(0, ROWS))
-    return x + (row.to(gl.int64) * IN + first)[:, None] + k[None, :], (m < count)[:, None]
-
-
-@gluon.jit
-def copy_rows(shared, slot, x_at, inside, TILES: gl.constexpr):
-    """Starts to copy the next TILES tiles of inputs of the rows `inside`, zeros for the others."""
-    for u in gl.static_range(TILES):
-        async_copy.async_load(shared.index(slot * TILES + u), x_at + u * 64, mask=inside)
+def advance(packed, exponents, words_at, scales_at, tile):
+    """Of the tiles in flight, the first gives way to a last one, that is `tile` tiles further."""
+    packed = packed[1:] + (gl.load(words_at + tile * 128),)
+    exponents = exponents[1:] + (gl.load(scales_at + tile * 8),)
+    return packed, exponents

@@ -1,11 +1,15 @@
 """The grouped matmul of float weights in Triton, and its two gradients, for NVIDIA GPUs.
 
+Rows and weights are both bfloat16, float16 or float32. Sums are kept in float32; the products of
+float32 are exact, too, and so not made by tensor cores.
+
 The rows of an expert are cut into blocks of `block_m`; a program computes one tile of the result.
 Which expert and which rows are its own it finds from `group_sizes`, so the grid is the largest
 that any contents of `group_sizes` need, and the programs left over return at once. Neighbouring
 programs share an expert: a column of row blocks first, so that they read the same weights.
 
-All sizes but the number of rows are constants of the kernels; dot products are kept in float32.
+All sizes but the number of rows are constants of the kernels.
+
 This module imports Triton: import it only where a lowering for CUDA needs it.
 """
 # pyright: reportOperatorIssue=false

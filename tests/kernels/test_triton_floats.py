@@ -18,7 +18,7 @@ HIDDEN, EXPERTS = 2880, 32
 
 def launch(operation: str, rows: int, inner: int, dtype: str, capability: int):
     """How the operation is launched for a weight [EXPERTS, 2 * HIDDEN, inner]."""
-    from moe_jax.kernels.grouped_matmul import triton_bfloat16 as kernels
+    from moe_jax.kernels.grouped_matmul import triton_floats as kernels
 
     out = 2 * HIDDEN
     if operation == "weight_gradient":
@@ -32,7 +32,7 @@ def launch(operation: str, rows: int, inner: int, dtype: str, capability: int):
 
 
 def compile_launch(launch, dtype: str, capability: int):
-    element = {"bfloat16": "bf16", "float32": "fp32"}[dtype]
+    element = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32"}[dtype]
     names = [name for name in launch.kernel.arg_names if name not in launch.constants]
     kinds = dict.fromkeys(names, f"*{element}") | {"group_sizes": "*i32", "num_rows": "i32"}
     if launch.config.descriptors:
@@ -73,7 +73,7 @@ def test_fits_the_gpu(operation, rows, capability):
         assert TENSOR_CORES[capability] in code.ptx
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", floats.DTYPES)
 @pytest.mark.parametrize("operation", ["forward", "rows_gradient", "weight_gradient"])
 @pytest.mark.compiles
 def test_odd_sizes_fit_the_gpu(operation, dtype):
@@ -81,7 +81,7 @@ def test_odd_sizes_fit_the_gpu(operation, dtype):
     code = compile_launch(launch(operation, 32768, 2887, dtype, 90), dtype, 90)
     print(f"{code.registers} registers, {code.spills} bytes spilled, {code.shared} bytes shared")
     assert code.spills == 0 and code.shared <= SHARED[90]
-    assert (TENSOR_CORES[90] in code.ptx) == (dtype == "bfloat16")
+    assert (TENSOR_CORES[90] in code.ptx) == (dtype != "float32")
 
 
 @pytest.mark.parametrize("capability", [90, 100])
@@ -91,7 +91,7 @@ def test_a_last_step_of_fewer_terms_fits_the_gpu(capability):
     n, k = HIDDEN, 2 * HIDDEN + 8
     config = tiles.for_rows(32768, EXPERTS, (k, n), "bfloat16", capability)
     assert config.descriptors and k % config.block_k
-    from moe_jax.kernels.grouped_matmul import triton_bfloat16 as kernels
+    from moe_jax.kernels.grouped_matmul import triton_floats as kernels
 
     plan = kernels.multiply_launch(32768, EXPERTS, n, k, config, n_inner=True)
     code = compile_launch(plan, "bfloat16", capability)
@@ -130,7 +130,7 @@ def test_kernels_are_called_with_what_they_take(monkeypatch, inner, capability):
 
 
 def test_values_in_the_interpreter():
-    run_interpreted("interpreted_bfloat16.py")
+    run_interpreted("interpreted_floats.py")
 
 
 def test_tiles_follow_the_sizes():

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from moe_jax.kernels.expert_mlp import configs
+from moe_jax.kernels.tiled_matmul import configs
 
 
 def test_plans_follow_the_sizes():

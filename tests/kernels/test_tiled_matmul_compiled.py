@@ -1,7 +1,6 @@
-"""What Triton makes of the kernels of a layer of gpt-oss experts, at the sizes of gpt-oss."""
+"""What Triton makes of the matmuls of tiled weights, at the sizes of gpt-oss."""
 
 import dataclasses
-import importlib
 import math
 import re
 
@@ -13,7 +12,8 @@ from triton_tools import CAPABILITIES, MISSING, Compiled, compiled
 import moe_jax
 from moe_jax import Tagged
 from moe_jax.kernels.dispatch import launch as dispatch
-from moe_jax.kernels.expert_mlp import configs, launch
+from moe_jax.kernels.expert_mlp import launch as layer
+from moe_jax.kernels.tiled_matmul import configs, launch
 
 SIZE = 2880
 TYPES = {"int32": "i32", "float32": "fp32", "bfloat16": "bf16"}
@@ -68,11 +68,9 @@ def compile_calls(monkeypatch, capability, regimes, index, function, *arguments)
         return jax.tree.map(lambda t: jnp.zeros(t.shape, t.dtype), out_type)
 
     plan = dataclasses.replace(regimes[index], rows=math.inf, pairs=math.inf)
-    module = "hopper" if regimes is configs.HOPPER else "portable"
-    kernels = importlib.import_module(f"moe_jax.kernels.expert_mlp.{module}")
     monkeypatch.setattr(launch, "_call", call)
     monkeypatch.setattr(dispatch, "_call", other_call)
-    monkeypatch.setattr(launch, "_kernels", lambda *_: (kernels, (plan,)))
+    monkeypatch.setattr(launch, "_regimes", lambda _: (plan,))
     jax.eval_shape(lambda *a: function(*a), *arguments)  # a function of its own: traces are kept
     return found
 
@@ -101,7 +99,7 @@ def test_every_configuration_fits_the_gpu(monkeypatch, capability, regimes, inde
     x = jax.ShapeDtypeStruct((tokens, SIZE), jnp.bfloat16)
     ids, weights = (jax.ShapeDtypeStruct((tokens, 4), t) for t in (jnp.int32, jnp.float32))
     found = compile_calls(
-        monkeypatch, capability, regimes, index, launch.layer, experts, x, ids, weights
+        monkeypatch, capability, regimes, index, layer.layer, experts, x, ids, weights
     )
     assert list(found) == ["gate_up_kernel", "down_kernel"]
     chosen = {80: "mma.sync", 90: "wgmma.mma_async", 100: "tcgen05.mma"}[capability]
