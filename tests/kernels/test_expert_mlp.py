@@ -1,4 +1,4 @@
-"""The layer of gpt-oss experts: what it computes, what is lowered, and what its kernels compile to.
+"""The layer of gpt-oss experts: what it computes, and what is lowered.
 
 Values on the CPU are those of the definition; the kernels are interpreted by another file.
 """

@@ -144,8 +144,7 @@ def test_words_keep_their_order(monkeypatch, index, size):
     used = set(re.findall(r"tt\.elementwise_inline_asm .*?: tensor<\w+, (#\w+)>", ttgir))
     assert used
     for name in used:
-        blocked = "sizePerThread = [1, 8], " in layouts[name]
-        assert blocked or "register = [[0, 1], [0, 2], [0, 4]" in layouts[name], layouts[name]
+        assert "sizePerThread = [1, 8], " in layouts[name], layouts[name]
 
 
 @pytest.mark.parametrize(("index", "size"), [(NARROW, 4096), (WIDE, 4096)])
