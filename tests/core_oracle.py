@@ -234,3 +234,16 @@ def random_mxfp4(
 def ratio_for(algorithm: str, ratio: float) -> float | None:
     """The ratio for `fixed_budget`; the other algorithms refuse one."""
     return ratio if algorithm == "fixed_budget" else None
+
+
+def assert_same(a, b):
+    """Two pytrees with the same structure and the same bits."""
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for one, other in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert one.dtype == other.dtype and one.shape == other.shape
+        np.testing.assert_array_equal(bits(one), bits(other))
+
+
+def bits(array) -> np.ndarray:
+    array = np.asarray(array)
+    return array.reshape(-1).view(f"u{array.itemsize}")

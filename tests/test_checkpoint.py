@@ -252,9 +252,9 @@ def test_tensor_fields(tmp_path, fields):
 
 def test_many_tensors_take_no_time(tmp_path):
     write_raw(tmp_path, entries({str(n): np.zeros(0, np.uint8) for n in range(100_000)}), data=b"")
-    start = time.perf_counter()
+    start = time.process_time()
     assert len(Checkpoint.open(tmp_path).tensors) == 100_000
-    assert time.perf_counter() - start < 10
+    assert time.process_time() - start < 10
 
 
 SHARD_NAMES = [

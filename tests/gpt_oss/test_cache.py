@@ -27,6 +27,11 @@ def marked(position: np.ndarray, row: int) -> np.ndarray:
     return (parts[1] + 100 * parts[0] + 1000 * row + 0.1 * parts[2]).astype(np.float32)
 
 
+@jax.jit
+def extended(cache: FullCache | RingCache, new: Tagged, span: Span):
+    return cache.extend(new, new.map(jnp.negative), span, None)
+
+
 def extend(
     cache: FullCache | RingCache, start: np.ndarray, count: np.ndarray, size: int
 ) -> tuple[Seen, FullCache | RingCache]:
@@ -36,7 +41,7 @@ def extend(
         keys[row, :, :real] = marked(first + np.arange(real), row)
     span = Span(*(tag(jnp.asarray(x, jnp.int32), "b") for x in (start, count)))
     new = tag(jnp.asarray(keys), "b", "kv", "k", "hd")
-    return cache.extend(new, -new, span, None)
+    return extended(cache, new, span)
 
 
 def check(seen: Seen, start: np.ndarray, count: np.ndarray, size: int, window: int | None) -> None:

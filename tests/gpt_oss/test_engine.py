@@ -116,12 +116,10 @@ def test_the_first_token_may_stop(one: Engine) -> None:
     assert generation.statistics.finish_reasons == ["stop"]
 
 
-def test_stop_ids_of_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = tiny_model.build(NAME)
-    engine = Engine(model, context=CONTEXT)
-    assert list(engine.generate(PROMPT, max_tokens=1)) == GREEDY[:1]
-    monkeypatch.setattr(engine, "_stop_ids", (GREEDY[0],))
-    assert list(engine.generate(PROMPT, max_tokens=2)) == GREEDY[:1]
+def test_stop_ids_of_the_model(one: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert list(one.generate(PROMPT, max_tokens=1)) == GREEDY[:1]
+    monkeypatch.setattr(one, "_stop_ids", (GREEDY[0],))
+    assert list(one.generate(PROMPT, max_tokens=2)) == GREEDY[:1]
 
 
 def test_the_context_ends_generation(one: Engine) -> None:

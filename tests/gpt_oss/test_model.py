@@ -66,7 +66,9 @@ def test_packed_experts_compute_the_same() -> None:
     np.testing.assert_allclose(found, expected, rtol=0, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("chunks", [[35], [9, 26], [10, 9, 16], [11, 24], [1] * 3 + [16, 16]])
+@pytest.mark.parametrize(
+    "chunks", [[35], [9, 26], [10, 9, 16], [11, 11, 11, 1, 1], [1] * 3 + [16, 16]]
+)
 def test_chunks_with_a_cache_equal_one_pass(chunks: list[int]) -> None:
     """Two rows of different length, padded on the right, in chunks that end at odd places."""
     name = "rope_truncated"

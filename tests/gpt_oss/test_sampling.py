@@ -22,15 +22,19 @@ def choose(
     return CHOOSE(sampling, *arguments).array.tolist()
 
 
-def shares(sampler: Sampler, row: list[float]) -> np.ndarray:
-    """How often each id is drawn over `DRAWS` indices of one seed."""
-    logits = jnp.asarray(row, jnp.float32)
-    sampling = Sampling.of([sampler], [5])
+@jax.jit
+def draws(sampling: Sampling, logits: jax.Array) -> jax.Array:
+    """The ids drawn at `DRAWS` indices."""
 
     def one(index: jax.Array) -> jax.Array:
         return sampling.choose(tag(logits[None], "b", "voc"), tag(index[None], "b")).array[0]
 
-    drawn = jax.jit(jax.vmap(one))(jnp.arange(DRAWS, dtype=jnp.int32))
+    return jax.vmap(one)(jnp.arange(DRAWS, dtype=jnp.int32))
+
+
+def shares(sampler: Sampler, row: list[float]) -> np.ndarray:
+    """How often each id is drawn over `DRAWS` indices of one seed."""
+    drawn = draws(Sampling.of([sampler], [5]), jnp.asarray(row, jnp.float32))
     return np.bincount(np.asarray(drawn), minlength=len(row)) / DRAWS
 
 

@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +28,7 @@ from gpt_oss.training import (
     sample_batch,
     train_steps,
 )
-from moe_jax import BlockScaled, tag
+from moe_jax import BlockScaled, Tagged, tag
 
 LENGTH = 24
 NAME = "one_expert_per_token"
@@ -42,6 +43,15 @@ def standard_promotion():
     """Optax mixes dtypes."""
     with jax.numpy_dtype_promotion("standard"):
         yield
+
+
+jitted_loss = jax.jit(loss, static_argnums=(4, 5, 6))
+
+
+@jax.jit
+def report_of(model: GptOss, tokens: Tagged, token_mask: Tagged | None = None) -> Any:
+    """The first layer's report."""
+    return model.with_statistics(tokens, token_mask=token_mask)[1][0].report
 
 
 def make_data() -> TrainingData:
@@ -62,18 +72,25 @@ def steps(state, count: int, config: TrainingConfig = CONFIG, quantize: bool = F
     )
 
 
-def test_the_loss_falls():
-    _, losses = steps(initial_state(parameters(), CONFIG), 40)
+@pytest.fixture(scope="module")
+def trained():
+    """The state and the losses of a whole run."""
+    with jax.numpy_dtype_promotion("standard"):
+        return steps(initial_state(parameters(), CONFIG), CONFIG.steps)
+
+
+def test_the_loss_falls(trained):
+    _, losses = trained
     values = losses["loss"]
     assert abs(float(values[0]) - np.log(MODEL.vocab_size)) < 0.5
     assert float(values[-5:].mean()) < 0.5 * float(values[0])
 
 
 @pytest.mark.slow
-def test_the_state_alone_decides_what_follows():
-    whole, _ = steps(initial_state(parameters(), CONFIG), 4)
-    half, _ = steps(initial_state(parameters(), CONFIG), 2)
-    rest, _ = steps(half, 2)
+def test_the_state_alone_decides_what_follows(trained):
+    whole, _ = trained
+    half, _ = steps(initial_state(parameters(), CONFIG), CONFIG.steps // 2)
+    rest, _ = steps(half, CONFIG.steps // 2)
     for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(rest), strict=True):
         np.testing.assert_array_equal(a, b)
 
@@ -83,7 +100,7 @@ def test_the_loss_is_the_float64_cross_entropy_of_scored_tokens(quantize):
     values = parameters()
     rows, scored = sample_batch(make_data(), CONFIG, jax.random.key(3))
     scored = scored.at[:, ::3].set(False)
-    _, parts = loss(values, rows, scored, jax.random.key(0), MODEL, CONFIG, quantize)
+    _, parts = jitted_loss(values, rows, scored, jax.random.key(0), MODEL, CONFIG, quantize)
     tensors = {n: np.asarray(v.array, np.float64) for n, v in decoded(values, quantize).items()}
     terms = []
     for row, mask in zip(np.asarray(rows), np.asarray(scored), strict=True):
@@ -108,11 +125,14 @@ def test_dropout_differs_by_key_and_keeps_the_mean():
     values = parameters()
     rows, scored = sample_batch(make_data(), CONFIG, jax.random.key(3))
     config = TrainingConfig(**{**CONFIG.__dict__, "dropout": 0.3})
-    found = [
-        float(loss(values, rows, scored, jax.random.key(k), MODEL, config, False)[1]["loss"])
-        for k in (0, 1)
-    ]
-    plain = float(loss(values, rows, scored, jax.random.key(0), MODEL, CONFIG, False)[1]["loss"])
+
+    def loss_of(key: int, config: TrainingConfig) -> float:
+        return float(
+            jitted_loss(values, rows, scored, jax.random.key(key), MODEL, config, False)[1]["loss"]
+        )
+
+    found = [loss_of(key, config) for key in (0, 1)]
+    plain = loss_of(0, CONFIG)
     assert found[0] != found[1]
     np.testing.assert_allclose(found, plain, rtol=0.1)
 
@@ -143,12 +163,10 @@ def test_padding_takes_no_room_in_a_fixed_budget():
     tokens = np.random.default_rng(0).integers(0, MODEL.vocab_size, 64).astype(np.int32)
     windows, real, scored = _windows(tokens, [0], 64, 32, 1)
     wide = [np.concatenate([array, np.zeros_like(array)]) for array in (windows, real, scored)]
-    report = model.with_statistics(tag(jnp.asarray(windows), "b", "s"))[1][0].report
+    report = report_of(model, tag(jnp.asarray(windows), "b", "s"))
     assert int(report.dropped) > 0
     mask = tag(jnp.asarray(wide[1]), "b", "s")
-    padded = model.with_statistics(tag(jnp.asarray(wide[0]), "b", "s"), token_mask=mask)[1][
-        0
-    ].report
+    padded = report_of(model, tag(jnp.asarray(wide[0]), "b", "s"), mask)
     # twice the rows are twice the budget, and padding uses none of it
     assert int(padded.assigned) + int(padded.dropped) == int(report.assigned) + int(report.dropped)
     assert int(padded.dropped) <= int(report.dropped)
@@ -180,17 +198,17 @@ def folder(tmp_path):
 def test_the_script_trains_resumes_and_writes(folder, monkeypatch, capsys):
     monkeypatch.setattr(train, "nano_config", lambda control_tokens: MODEL)
     flags = ["--data", str(folder), "--text-rows", "3", "--chat-rows", "2", "--warmup", "5"]
-    flags += ["--length", str(LENGTH), "--log-every", "3", "--save-every", "4", "--steps", "8"]
+    flags += ["--length", str(LENGTH), "--log-every", "4", "--save-every", "3", "--steps", "5"]
     train.main([*flags, "--out", str(folder / "whole")])
     log = capsys.readouterr().out
-    assert "held-out bits per byte" in log and "step      8" in log
+    assert "held-out bits per byte" in log and "step      5" in log
     report = json.loads((folder / "whole" / "training.json").read_text())
     assert 0 < report["bits_per_byte"]["mxfp4"] < 20
-    assert report["training"]["steps"] == 8
+    assert report["training"]["steps"] == 5
     model = load_model(folder / "whole", dtype=jnp.float32, progress=False)
     assert np.isfinite(model(tag(jnp.ones((1, 20), jnp.int32), "b", "s")).array).all()
 
-    monkeypatch.setattr(train, "train_steps", interrupted(train.train_steps, after=2))
+    monkeypatch.setattr(train, "train_steps", interrupted(train.train_steps, after=1))
     with pytest.raises(KeyboardInterrupt):
         train.main([*flags, "--out", str(folder / "parts")])
     monkeypatch.undo()

@@ -100,7 +100,7 @@ def test_more_tiles_than_one_in_a_chunk(monkeypatch, rng):
     check_sorted(launch.sort_pairs(ids, num_experts=12), ids, 12)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=20)
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 8), st.integers(0, 2**32 - 1))
 def test_routes_anything(num_tokens, num_experts, k, seed):
     rng = np.random.default_rng(seed)
@@ -112,7 +112,7 @@ def test_routes_anything(num_tokens, num_experts, k, seed):
     check_routed(logits, min(k, num_experts), mask)
 
 
-@settings(deadline=None, max_examples=40)
+@settings(deadline=None, max_examples=20)
 @given(st.integers(0, 300), st.integers(1, 40), st.integers(1, 8), st.integers(0, 2**32 - 1))
 def test_sorts_anything(num_tokens, num_experts, k, seed):
     rng = np.random.default_rng(seed)
