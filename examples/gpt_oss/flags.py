@@ -1,6 +1,7 @@
 """The flags of generate.py."""
 
 import argparse
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,6 +10,9 @@ from gpt_oss.source import DEFAULT
 VERSION = "0.1.0"
 SEEDS = 2**63
 """Seeds are below it."""
+
+MESH_AXES = ("data", "expert", "model")
+"""What --mesh takes."""
 
 _ALGORITHMS = ("auto", "per_token", "dense", "grouped", "fixed_budget")
 
@@ -70,6 +74,20 @@ def _add_model_flags(group: Any) -> None:
         type=_number(float, "above 0", lambda r: 0 < r < float("inf")),
         metavar="R",
         help="give each expert room for R times its mean share; the answer then depends on it",
+    )
+    spread = group.add_mutually_exclusive_group()
+    spread.add_argument(
+        "--devices",
+        type=_number(int, "at least 1", lambda n: n >= 1),
+        metavar="N",
+        help="spread the model over N devices (default: 1)",
+    )
+    spread.add_argument(
+        "--mesh",
+        type=_mesh,
+        metavar="AXIS=N,...",
+        help="spread it so: data=N holds it N times, expert=N splits experts and vocabulary, "
+        "model=N splits attention heads as well; for example expert=2,model=4",
     )
     group.add_argument("--compile-cache", metavar="DIR", help="keep compiled programs here")
 
@@ -165,6 +183,20 @@ def _number(kind: Callable[[str], Any], expected: str, good: Callable[[Any], boo
         return value
 
     return read
+
+
+def _mesh(text: str) -> dict[str, int]:
+    """Sizes of mesh axes by name."""
+    sizes: dict[str, int] = {}
+    for part in text.split(","):
+        axis, _, size = part.partition("=")
+        if axis not in MESH_AXES or axis in sizes or not re.fullmatch("[1-9][0-9]{0,8}", size):
+            raise argparse.ArgumentTypeError(
+                f"expected sizes of at least 1 for some of {', '.join(MESH_AXES)}, such as "
+                f"expert=4 or data=2,model=4, got {text!r}"
+            )
+        sizes[axis] = int(size)
+    return sizes
 
 
 def _text(text: str) -> str:

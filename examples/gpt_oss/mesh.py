@@ -12,12 +12,11 @@ import jax
 
 from gpt_oss.config import GptOssConfig
 from gpt_oss.errors import UserError
+from gpt_oss.flags import MESH_AXES
 from gpt_oss.layout import parameter_specs
 from gpt_oss.model import Parameters
 from moe_jax.sharding import Sharding, make_mesh
 from moe_jax.sharding.mesh import divisors
-
-AXES = ("data", "expert", "model")
 
 
 def choose_sizes(config: GptOssConfig, num_devices: int) -> dict[str, int]:
@@ -62,7 +61,7 @@ def sharding_for(
     if mesh is None:
         assert num_devices is not None
         mesh = choose_sizes(config, num_devices)
-    sizes = {axis: mesh.get(axis, 1) for axis in AXES}
+    sizes = {axis: mesh.get(axis, 1) for axis in MESH_AXES}
     needed, there = math.prod(sizes.values()), len(jax.devices())
     if needed > there:
         raise UserError(

@@ -1,0 +1,107 @@
+"""gpt-oss on every mesh of up to eight devices: logits, and the 64 greedy tokens."""
+
+import functools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+import tiny
+import tiny_model
+from sharding_tools import MESHES, bytes_by_device, sharding
+
+import moe_jax
+from gpt_oss import engine as engine_module
+from gpt_oss.engine import Engine
+from gpt_oss.generation import Request
+from gpt_oss.model import GptOss
+from moe_jax import Tagged
+
+GOLDENS = np.load(Path(__file__).with_name("goldens.npz"))
+NAME = "divisible_by_8"
+PROMPTS = list(tiny.prompts(NAME).values())
+GREEDY = GOLDENS[f"{NAME}/greedy"].tolist()
+TOLERANCE = 5e-5
+
+
+@functools.cache
+def expected(*ids: int) -> np.ndarray:
+    return oracle.logits(tiny_model.weights(NAME), tiny.config(NAME), list(ids))
+
+
+@jax.jit
+def logits(model: GptOss, tokens: Tagged) -> jax.Array:
+    return model(tokens).untag("b", "s", "voc")
+
+
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
+def test_logits(sizes: tuple[int, int, int]) -> None:
+    """Three rows; the last is a prompt with the 64 tokens that follow it, each the likeliest."""
+    rows = [PROMPTS[3][:20], PROMPTS[1], PROMPTS[0] + GREEDY]
+    model = tiny_model.build(NAME, packed=True, sharding=sharding(sizes))
+    found = np.asarray(logits(model, tiny_model.tokens(rows)))
+    for row, ids in zip(found, rows, strict=True):
+        np.testing.assert_allclose(row[: len(ids)], expected(*ids), rtol=0, atol=TOLERANCE)
+    begin = len(PROMPTS[0]) - 1
+    assert found[2, begin : begin + len(GREEDY)].argmax(-1).tolist() == GREEDY
+
+
+@pytest.mark.parametrize("sizes", [(1, 4, 1), (2, 2, 2)], ids=str)
+def test_engine(sizes: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """With a cache, a prompt in chunks, and two rows beside each other."""
+    monkeypatch.setattr(engine_module, "PREFILL_CHUNKS", (8,))
+    here = sharding(sizes)
+    engine = Engine(tiny_model.build(NAME, packed=True, sharding=here), context=96, batch=2)
+    requests = [Request(PROMPTS[0], max_tokens=64, stop_ids=()), Request(PROMPTS[1], max_tokens=2)]
+    assert engine.stream(requests).collect()[0] == GREEDY
+
+
+def test_a_cache_lies_with_its_heads() -> None:
+    model = tiny_model.build(NAME, packed=True, sharding=sharding((2, 1, 4)))
+    cache = jax.jit(lambda model: model.empty_cache(4, 32))(model)
+    held = bytes_by_device(cache.layers)
+    assert set(held.values()) == {sum(leaf.nbytes for leaf in jax.tree.leaves(cache.layers)) // 8}
+
+
+@pytest.mark.parametrize("sizes", [(1, 4, 1), (2, 2, 2), (1, 1, 8)], ids=str)
+def test_what_travels(sizes: tuple[int, int, int]) -> None:
+    """One sum a layer for the experts, one for attention where heads are split; no weights."""
+    model = tiny_model.build(NAME, packed=True, sharding=sharding(sizes))
+    tokens = tiny_model.tokens([[1, 2, 3], [4, 5, 6]])
+    text = logits.lower(model, tokens).compile().as_text()
+    largest = {name: 0 for name in ("all-gather", "all-to-all", "collective-permute")}
+    sums = 0
+    for line in text.splitlines():
+        operation = line.partition(" = ")[2].partition("(")[0]
+        shape, _, name = operation.rpartition(" ")
+        name = name.removesuffix("-start")
+        sums += name == "all-reduce"
+        if name in largest:
+            dims = shape.partition("[")[2].partition("]")[0]
+            largest[name] = max(largest[name], int(np.prod([int(n) for n in dims.split(",") if n])))
+    layers = model.config.num_hidden_layers
+    assert sums == 1 + layers * (2 if sizes[2] > 1 else 1)
+    assert max(largest.values()) <= 6 * model.config.hidden_size
+
+
+def test_exchange_within_a_model() -> None:
+    here = sharding((1, 4, 1), communication="all_to_all")
+    model = tiny_model.build(NAME, packed=True, sharding=here)
+    found = np.asarray(logits(model, tiny_model.tokens([PROMPTS[3]])))[0]
+    np.testing.assert_allclose(found, expected(*PROMPTS[3]), rtol=0, atol=TOLERANCE)
+
+
+def test_bfloat16_with_tiles_is_near() -> None:
+    """The layer that is kernels on GPUs."""
+    here = sharding((1, 2, 2))
+    model = tiny_model.build(
+        NAME,
+        packed=True,
+        dtype=jnp.bfloat16,
+        sharding=here,
+        prepare=moe_jax.prepare_experts,
+    )
+    found = np.asarray(logits(model, tiny_model.tokens([PROMPTS[2]])))[0]
+    assert 1e-3 < np.abs(found - expected(*PROMPTS[2])).mean() < 0.04
