@@ -25,6 +25,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         epilog="Without --prompt it reads stdin or, on a terminal, chats.",
     )
     _add_model_flags(parser.add_argument_group("model"))
+    _add_process_flags(parser.add_argument_group("several processes"))
     _add_prompt_flags(parser.add_argument_group("prompt"))
     _add_sampling_flags(parser.add_argument_group("sampling"))
     _add_output_flags(parser.add_argument_group("output"))
@@ -41,7 +42,22 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("--tokens-per-expert-ratio needs --algorithm auto or fixed_budget")
     if arguments.algorithm == "fixed_budget" and ratio is None:
         parser.error("--algorithm fixed_budget needs --tokens-per-expert-ratio")
+    _check_processes(parser, arguments)
     return arguments
+
+
+def _check_processes(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    coordinator = arguments.coordinator
+    numbers = arguments.num_processes, arguments.process_id
+    if coordinator is not None and arguments.prompt in (None, "-"):
+        parser.error("--coordinator needs --prompt: every process must have the same text")
+    if coordinator in (None, "auto"):
+        if numbers != (None, None):
+            parser.error("--num-processes and --process-id need --coordinator HOST:PORT")
+    elif None in numbers:
+        parser.error("--coordinator HOST:PORT needs --num-processes and --process-id")
+    elif arguments.process_id >= arguments.num_processes:
+        parser.error("--process-id must be below --num-processes")
 
 
 def _add_model_flags(group: Any) -> None:
@@ -90,6 +106,28 @@ def _add_model_flags(group: Any) -> None:
         "model=N splits attention heads as well; for example expert=2,model=4",
     )
     group.add_argument("--compile-cache", metavar="DIR", help="keep compiled programs here")
+
+
+def _add_process_flags(group: Any) -> None:
+    group.add_argument(
+        "--coordinator",
+        type=_coordinator,
+        metavar="HOST:PORT",
+        help="where the first of several processes listens, each of which runs this command; "
+        "auto: as the launcher says (Slurm, Open MPI, Kubernetes)",
+    )
+    group.add_argument(
+        "--num-processes",
+        type=_number(int, "at least 1", lambda n: n >= 1),
+        metavar="N",
+        help="how many there are",
+    )
+    group.add_argument(
+        "--process-id",
+        type=_number(int, "at least 0", lambda n: n >= 0),
+        metavar="I",
+        help="which one this is, counted from 0",
+    )
 
 
 def _add_prompt_flags(group: Any) -> None:
@@ -197,6 +235,12 @@ def _mesh(text: str) -> dict[str, int]:
             )
         sizes[axis] = int(size)
     return sizes
+
+
+def _coordinator(text: str) -> str:
+    if text != "auto" and not re.fullmatch(r"\S+:[0-9]{1,5}", text):
+        raise argparse.ArgumentTypeError(f"expected HOST:PORT or auto, got {text!r}")
+    return text
 
 
 def _text(text: str) -> str:

@@ -68,6 +68,11 @@ def sharding_for(
             f"a mesh of {describe(sizes)} needs {needed} devices, there "
             f"{'is' if there == 1 else 'are'} {there}"
         )
+    if needed < there and jax.process_count() > 1:
+        raise UserError(
+            f"a mesh of {describe(sizes)} leaves out some of the {there} devices of "
+            f"{jax.process_count()} processes: use all, or start fewer"
+        )
     found = fault(config, sizes)
     if found is not None:
         raise UserError(found)

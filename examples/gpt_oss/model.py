@@ -309,6 +309,11 @@ def constrained(x: Tagged, sharding: Sharding | None) -> Tagged:
     return x if sharding is None else sharding.constrain(x)
 
 
+def on_every_device(x: Tagged, sharding: Sharding | None) -> Tagged:
+    """`x`, whole on every device, so that the host of each can read it."""
+    return x if sharding is None else Sharding(sharding.mesh, {}).constrain(x)
+
+
 def _constrained_cache(cache: Any, sharding: Sharding | None) -> Any:
     parts = {name: constrained(getattr(cache, name), sharding) for name in ("keys", "values")}
     return dataclasses.replace(cache, **parts)

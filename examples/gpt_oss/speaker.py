@@ -22,6 +22,7 @@ from gpt_oss.interrupts import Interrupts
 from gpt_oss.mesh import describe, sharding_for
 from gpt_oss.output import JsonOutput, Output, TextOutput, printable, report
 from gpt_oss.pretrained import Pretrained, load
+from gpt_oss.processes import agreed
 from gpt_oss.sampling import Sampler
 from gpt_oss.session import ChatSession, Options, Reply, TextSession
 from gpt_oss.source import Source
@@ -72,7 +73,7 @@ class Speaker:
             KeyboardInterrupt: Ctrl-C was pressed; the answer was ended properly nevertheless.
             UserError: the prompt cannot be answered.
         """
-        seed = secrets.randbelow(2**31) if self._seed is None else self._seed
+        seed = agreed(secrets.randbelow(2**31)) if self._seed is None else self._seed
         try:
             reply = self.session.reply(prompt, dataclasses.replace(self._options, seed=seed))
         except KeyboardInterrupt:
@@ -162,10 +163,12 @@ def _device() -> str:
 
 def _sharding(arguments: argparse.Namespace, source: Source) -> Sharding | None:
     """The devices that the flags name."""
-    if arguments.mesh is None and arguments.devices is None:
-        return None
-    config = GptOssConfig.from_folder(source.folder)
-    return sharding_for(config, arguments.mesh, arguments.devices)
+    mesh, count = arguments.mesh, arguments.devices
+    if mesh is None and count is None:
+        if jax.process_count() == 1:
+            return None
+        count = jax.device_count()
+    return sharding_for(GptOssConfig.from_folder(source.folder), mesh, count)
 
 
 def chat(speaker: Speaker) -> None:

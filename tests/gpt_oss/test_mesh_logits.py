@@ -10,12 +10,9 @@ import oracle
 import pytest
 import tiny
 import tiny_model
-from sharding_tools import MESHES, bytes_by_device, sharding
+from sharding_tools import MESHES, sharding
 
 import moe_jax
-from gpt_oss import engine as engine_module
-from gpt_oss.engine import Engine
-from gpt_oss.generation import Request
 from gpt_oss.model import GptOss
 from moe_jax import Tagged
 
@@ -46,23 +43,6 @@ def test_logits(sizes: tuple[int, int, int]) -> None:
         np.testing.assert_allclose(row[: len(ids)], expected(*ids), rtol=0, atol=TOLERANCE)
     begin = len(PROMPTS[0]) - 1
     assert found[2, begin : begin + len(GREEDY)].argmax(-1).tolist() == GREEDY
-
-
-@pytest.mark.parametrize("sizes", [(1, 4, 1), (2, 2, 2)], ids=str)
-def test_engine(sizes: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """With a cache, a prompt in chunks, and two rows beside each other."""
-    monkeypatch.setattr(engine_module, "PREFILL_CHUNKS", (8,))
-    here = sharding(sizes)
-    engine = Engine(tiny_model.build(NAME, packed=True, sharding=here), context=96, batch=2)
-    requests = [Request(PROMPTS[0], max_tokens=64, stop_ids=()), Request(PROMPTS[1], max_tokens=2)]
-    assert engine.stream(requests).collect()[0] == GREEDY
-
-
-def test_a_cache_lies_with_its_heads() -> None:
-    model = tiny_model.build(NAME, packed=True, sharding=sharding((2, 1, 4)))
-    cache = jax.jit(lambda model: model.empty_cache(4, 32))(model)
-    held = bytes_by_device(cache.layers)
-    assert set(held.values()) == {sum(leaf.nbytes for leaf in jax.tree.leaves(cache.layers)) // 8}
 
 
 @pytest.mark.parametrize("sizes", [(1, 4, 1), (2, 2, 2), (1, 1, 8)], ids=str)
