@@ -9,6 +9,7 @@ import argparse
 import atexit
 import contextlib
 import os
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -35,6 +36,7 @@ def joined(arguments: argparse.Namespace) -> Iterator[None]:
         yield
         return
     _join(arguments)
+    _keep_stdout()
     import jax
 
     try:
@@ -89,3 +91,12 @@ def _join(arguments: argparse.Namespace) -> None:
         raise UserError(
             f"--coordinator {arguments.coordinator}: the processes did not meet: {reason}"
         ) from None
+
+
+def _keep_stdout() -> None:
+    """Sends to stderr what libraries of other languages print: the answer only is on stdout."""
+    stdout = sys.stdout
+    stdout.flush()
+    answer = os.dup(stdout.fileno())
+    os.dup2(sys.stderr.fileno(), stdout.fileno())
+    sys.stdout = open(answer, "w", encoding=stdout.encoding, errors=stdout.errors)

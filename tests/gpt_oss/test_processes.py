@@ -14,6 +14,7 @@ import tiny_chat
 
 import gpt_oss.generate
 from gpt_oss.flags import parse
+from gpt_oss.generate import main
 
 SCRIPT = Path(gpt_oss.generate.__file__)
 SAMPLED = ["--max-tokens", "24", "--raw", "-p", "Sea"]
@@ -27,7 +28,7 @@ def checkpoint(tmp_path_factory):
 
 
 def start(checkpoint, index, port, *flags, devices=2, count=2):
-    """The command as process `index`; without a port on its own."""
+    """The command as process `index`."""
     together = ["--coordinator", f"localhost:{port}", "--num-processes", str(count)]
     together += ["--process-id", str(index)]
     environment = {
@@ -37,8 +38,7 @@ def start(checkpoint, index, port, *flags, devices=2, count=2):
         "PYTHONPATH": os.pathsep.join(sys.path),
     }
     return subprocess.Popen(
-        [sys.executable, str(SCRIPT), "--model", str(checkpoint), *flags]
-        + (together if port else []),
+        [sys.executable, str(SCRIPT), "--model", str(checkpoint), *flags, *together],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -57,12 +57,20 @@ def ends(*processes):
     try:
         texts = [process.communicate(timeout=120) for process in processes]
     finally:
-        for process in processes:
-            process.kill()
+        _release(*processes)
     return [(p.returncode, *text) for p, text in zip(processes, texts, strict=True)]
 
 
-def test_two_processes_answer_as_one(checkpoint):
+def _release(*processes):
+    for process in processes:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+        process.stderr.close()
+
+
+@pytest.mark.slow
+def test_two_processes_answer_as_one(checkpoint, capsys):
     """Four devices, two a process; only the first prints."""
     port = free_port()
     first, second = ends(*(start(checkpoint, i, port, *GREEDY) for i in range(2)))
@@ -70,11 +78,11 @@ def test_two_processes_answer_as_one(checkpoint):
     assert second[0] == 0, second[2]
     assert "x 4 (data=1,expert=2,model=2)" in first[2]
     assert second[1] == "" and "data=" not in second[2]
-    [alone] = ends(start(checkpoint, 0, None, *GREEDY))
-    assert alone[0] == 0, alone[2]
-    assert first[1] == alone[1] and len(alone[1]) > 10
+    assert main(["--model", str(checkpoint), *GREEDY]) == 0
+    assert first[1] == capsys.readouterr().out and len(first[1]) > 10
 
 
+@pytest.mark.slow
 def test_a_seed_that_is_drawn_is_the_same_for_all(checkpoint):
     """Otherwise they would choose different tokens; a batch is not split over data either."""
     port = free_port()
@@ -84,26 +92,25 @@ def test_a_seed_that_is_drawn_is_the_same_for_all(checkpoint):
     assert len(first[1]) > 10
 
 
+@pytest.mark.slow
 def test_a_lost_process_ends_the_others(checkpoint):
     port = free_port()
     flags = ["--temperature", "0", "--raw", "--ignore-eos", "--max-tokens", "480", "-p", "Sea"]
     processes = [start(checkpoint, i, port, *flags, devices=1) for i in range(2)]
     try:
-        assert processes[0].stdout is not None
         processes[0].stdout.read(1)  # it generates
         processes[1].send_signal(signal.SIGKILL)
         lost = time.monotonic()
         _, errors = processes[0].communicate(timeout=90)
         seconds = time.monotonic() - lost
     finally:
-        for process in processes:
-            process.kill()
-            process.wait()
+        _release(*processes)
     assert processes[0].returncode not in (0, None)
     assert seconds < 60
     assert "process" in errors and ("lost" in errors or "died" in errors), errors
 
 
+@pytest.mark.slow
 def test_a_fault_of_one_is_told_by_it(checkpoint):
     """The second asks for another model; both end."""
     port, flags = free_port(), ["--max-tokens", "4", "--raw", "-p", "Sea"]
