@@ -24,7 +24,8 @@ from jax import lax
 
 from gpt_oss.cache import Cache
 from gpt_oss.generation import Clock, FinishReason, Generation, Request, Statistics, Stream
-from gpt_oss.model import GptOss, on_every_device
+from gpt_oss.model import GptOss
+from gpt_oss.placement import on_every_device
 from gpt_oss.programs import Program
 from gpt_oss.sampling import Greedy, Sampler, Sampling
 from moe_jax.sharding import Sharding

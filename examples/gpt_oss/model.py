@@ -28,6 +28,7 @@ from gpt_oss.cache import Cache, FullCache, RingCache, Span
 from gpt_oss.config import GptOssConfig
 from gpt_oss.layers import Linear, RMSNorm
 from gpt_oss.layout import parameter_specs
+from gpt_oss.placement import constrained, constrained_cache
 from gpt_oss.rope import cos_sin, rotate
 from moe_jax import GPT_OSS_ACTIVATION, GptOssMLP, MoE, RouterStatistics, Tagged, tag
 from moe_jax.quantization import Packed
@@ -274,7 +275,7 @@ class GptOss(nnx.Module):
             with jax.named_scope(f"layer_{index}"):
                 x, held = block.attend(x, angles, held, span, reach)
                 x = block.mix(x, mask)
-                layers.append(_constrained_cache(held, self.sharding))
+                layers.append(constrained_cache(held, self.sharding))
         last = jnp.maximum(span.count.untag("b") - 1, 0)[:, None, None]
         x = tag(jnp.take_along_axis(x.untag("b", "s", "d"), last, axis=1)[:, 0], "b", "d")
         return self.logits(x), Cache(tuple(layers), span.start + span.count)
@@ -282,7 +283,7 @@ class GptOss(nnx.Module):
     def empty_cache(self, batch: int, context: int) -> Cache:
         """A cache in the compute dtype; see `Cache.empty`."""
         cache = Cache.empty(self.config, batch, context, self.dtype)
-        layers = tuple(_constrained_cache(layer, self.sharding) for layer in cache.layers)
+        layers = tuple(constrained_cache(layer, self.sharding) for layer in cache.layers)
         return Cache(layers, cache.lengths)
 
     def begin(self, tokens: Tagged, span: Span | None = None) -> tuple[Tagged, Angles]:
@@ -302,21 +303,6 @@ class GptOss(nnx.Module):
         """Logits, float32 {..., voc}, of what the last block returned, {..., d}."""
         with jax.named_scope("lm_head"):
             return constrained(self.lm_head(self.norm(x), "d", jnp.float32), self.sharding)
-
-
-def constrained(x: Tagged, sharding: Sharding | None) -> Tagged:
-    """`x`, lying where the rules say, if there are any."""
-    return x if sharding is None else sharding.constrain(x)
-
-
-def on_every_device(x: Tagged, sharding: Sharding | None) -> Tagged:
-    """`x`, whole on every device, so that the host of each can read it."""
-    return x if sharding is None else Sharding(sharding.mesh, {}).constrain(x)
-
-
-def _constrained_cache(cache: Any, sharding: Sharding | None) -> Any:
-    parts = {name: constrained(getattr(cache, name), sharding) for name in ("keys", "values")}
-    return dataclasses.replace(cache, **parts)
 
 
 def _checked(config: GptOssConfig, parameters: Parameters) -> Parameters:

@@ -20,7 +20,8 @@ from gpt_oss.engine import Engine
 from gpt_oss.errors import UserError
 from gpt_oss.harmony import DeveloperConfig, SystemConfig
 from gpt_oss.loader import load_model
-from gpt_oss.model import GptOss, on_every_device
+from gpt_oss.model import GptOss
+from gpt_oss.placement import on_every_device
 from gpt_oss.session import ChatSession, Options, TextSession
 from gpt_oss.source import DEFAULT, Source, resolve
 from gpt_oss.tokenizer import Tokenizer
