@@ -20,6 +20,7 @@ from moe_jax.routing import (
     route,
     router_logits,
 )
+from moe_jax.sharding.expert_parallel import before_routing
 from moe_jax.sharding.mesh import Sharding
 from moe_jax.tagged import Tagged, is_tagged
 from moe_jax.variables import Variables, fixed, param, value
@@ -138,12 +139,15 @@ class MoE(nnx.Module):
         if not is_tagged(x):
             x = jnp.asarray(x)
         named = x if is_tagged(x) else Tagged(x, (*token_axes(x.ndim - 1), "d"))
+        config = self.config
+        if config.sharding is not None:
+            named = before_routing(named, config.experts_per_token, config.sharding)
+            x = named if is_tagged(x) else named.array
         if token_mask is not None:
             # what padding holds, even NaN, must not reach the router's gradient
             keep = like_tokens(token_mask, named, "d").expand_to(named)
             named = named.map(lambda array: jnp.where(keep, array, 0))
         logits = self.logits(named)
-        config = self.config
         y, report = mixture_of_experts(
             self._experts(),
             x,

@@ -129,15 +129,19 @@ class TestSharding:
         assert len(held) == math.prod(sizes)
         assert set(held.values()) == {total // (sizes[1] * sizes[2])}
 
-    def test_constrain_leaves_whole_what_does_not_split(self):
+    def test_constrain_splits_as_far_as_it_goes(self):
         here = sharding((2, 2, 2))
 
-        def lies(batch):
+        def rows(batch):
             x = tag(jnp.zeros((batch, 3, 5)), "b", "s", "d")
-            return jax.jit(here.constrain)(x).array.sharding
+            return jax.jit(here.constrain)(x).array.sharding.shard_shape(x.shape)[0]
 
-        assert lies(4).shard_shape((4, 3, 5)) == (2, 3, 5)
-        assert lies(1).is_fully_replicated
+        assert [rows(batch) for batch in (1, 2, 3, 4, 6, 8)] == [1, 1, 3, 1, 3, 2]
+
+    def test_constrain_splits_the_vocabulary_before_the_batch(self):
+        x = tag(jnp.zeros((8, 20)), "b", "voc")
+        where = jax.jit(sharding((2, 2, 2)).constrain)(x).array.sharding
+        assert where.shard_shape(x.shape) == (4, 5)
 
 
 class TestChoice:

@@ -6,6 +6,7 @@ of other devices add nothing.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -51,22 +52,17 @@ def expert_parallel(
     """
     if not isinstance(sharding, Sharding):
         raise TypeError(f"sharding must be a moe_jax.Sharding(mesh), got {sharding!r}")
-    owners = sharding.axes("expert")
-    groups = tuple(axis for axis in sharding.axes("b") if axis not in owners)
-    num_devices, num_groups = sharding.count(*owners), sharding.count(*groups)
+    owners, groups = sharding.axes("expert"), _groups(sharding)
+    num_devices = sharding.count(*owners)
     sharding.of(experts)  # refuses what does not split evenly
     ids, weights = (part.untag("s", "top_expert") for part in (routing.ids, routing.weights))
     rows, (num_tokens, experts_per_token) = x.untag("s", "d"), ids.shape
     if not num_tokens:
         return x
-    communication = sharding.communication
-    if communication == "auto":
-        in_group = -(-num_tokens // num_groups)
-        communication = choose_communication(in_group, num_devices, experts_per_token)
     form, axes = {
         "psum": (_summed, groups),
         "all_to_all": (_exchanged, (*groups, *owners)),
-    }[communication]
+    }[_communication(num_tokens, experts_per_token, sharding)]
     rows = _filled_up(rows, sharding.count(*axes), 0)
     ids = _filled_up(ids, sharding.count(*axes), num_experts)
     weights = _filled_up(weights, sharding.count(*axes), 0)
@@ -83,6 +79,32 @@ def expert_parallel(
         out_specs=by_rows,
     )(experts, rows, ids, weights)
     return Tagged(y[:num_tokens], ("s", "d"))
+
+
+def before_routing(x: Tagged, experts_per_token: int, sharding: Sharding) -> Tagged:
+    """x {..., d}, lying where its experts will want it.
+
+    Where every device is to have all rows, it gets them here, once, and routes them itself;
+    otherwise XLA may spread the routing and gather each of its results.
+    """
+    num_tokens = math.prod(size for axis, size in x.sizes.items() if axis != "d")
+    if _communication(num_tokens, experts_per_token, sharding) != "psum":
+        return x
+    return Sharding(sharding.mesh, {"b": _groups(sharding)}).constrain(x)
+
+
+def _groups(sharding: Sharding) -> tuple[str, ...]:
+    """The mesh axes that split the tokens that meet the same experts."""
+    owners = sharding.axes("expert")
+    return tuple(axis for axis in sharding.axes("b") if axis not in owners)
+
+
+def _communication(num_tokens: int, experts_per_token: int, sharding: Sharding) -> str:
+    if sharding.communication != "auto":
+        return sharding.communication
+    in_group = -(-num_tokens // sharding.count(*_groups(sharding)))
+    num_devices = sharding.count(*sharding.axes("expert"))
+    return choose_communication(in_group, num_devices, experts_per_token)
 
 
 class _OnDevice(NamedTuple):

@@ -3,7 +3,7 @@
 A mesh has three axes:
 
     data      holds everything once more for each of its devices, and splits the batch
-    expert    splits experts and the vocabulary
+    expert    splits experts and the vocabulary, and the batch further, outside of the experts
     model     splits attention heads, and experts and the vocabulary further
 
 One table says which mesh axes split which axis tag. All arrays of an expert follow it: floats,
@@ -26,7 +26,7 @@ from moe_jax.tagged import Rules, Tagged, is_tagged, tag
 
 RULES: Rules = MappingProxyType(
     {
-        "b": "data",
+        "b": ("data", "expert"),
         "expert": ("expert", "model"),
         "voc": ("expert", "model"),
         "h": "model",
@@ -97,8 +97,8 @@ class Sharding:
 
     Attributes:
         mesh: the devices; its axes are `AxisType.Auto`, as `make_mesh` makes them.
-        rules: axis tag -> mesh axis, or several, or None. `expert` says which axes split experts,
-            `b` which split tokens wherever they are merged to rows.
+        rules: axis tag -> mesh axis, or several, or None. `expert` says which axes split experts.
+            Those of `b` that are not among them split the tokens that meet the same experts.
         communication: how rows meet the experts of other devices, see `choose_communication`;
             `auto` chooses by the number of tokens.
     """
@@ -159,13 +159,18 @@ class Sharding:
     def constrain(self, x: Tagged) -> Tagged:
         """Says inside `jax.jit` where a value lies.
 
-        An axis that does not split evenly, such as a batch of one, is whole on every device.
+        Of the mesh axes of a rule the first ones are used, as many as split the axis evenly: a
+        batch of one is whole on every device. A mesh axis splits one axis of the array, the last
+        that has a rule for it: the vocabulary rather than the batch.
         """
-        entries = []
-        for axis, size in x.sizes.items():
-            names = self.axes(axis)
-            entries.append(names if names and size % self.count(*names) == 0 else None)
-        sharding = NamedSharding(self.mesh, PartitionSpec(*entries))
+        entries, used = [], set()
+        for axis, size in reversed(x.sizes.items()):
+            names = tuple(name for name in self.axes(axis) if name not in used)
+            while size % self.count(*names):
+                names = names[:-1]
+            used.update(names)
+            entries.append(names or None)
+        sharding = NamedSharding(self.mesh, PartitionSpec(*reversed(entries)))
         return x.map(lambda array: jax.lax.with_sharding_constraint(array, sharding))
 
     def _of(self, path: Any, node: Any) -> Any:
