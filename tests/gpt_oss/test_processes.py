@@ -53,9 +53,9 @@ def free_port():
 
 
 def ends(*processes):
-    """(exit code, stdout, stderr) of each process, which ends within two minutes."""
+    """(exit code, stdout, stderr) of each process, which ends within five minutes."""
     try:
-        texts = [process.communicate(timeout=120) for process in processes]
+        texts = [process.communicate(timeout=300) for process in processes]
     finally:
         _release(*processes)
     return [(p.returncode, *text) for p, text in zip(processes, texts, strict=True)]
