@@ -264,8 +264,21 @@ def fixed_budget(
     place = plan.ids.array * budget + jnp.minimum(plan.slot.array, budget - 1)
     y = y.order("expert", "slot", "d").merge(("expert", "slot"), "place")
     y = y.take(Tagged(place, ("s", "top_expert")), "place")
-    y = _combine(y, weights, plan.valid, "top_expert", x.dtype)
-    # a NaN logit must show even where the expert it belongs to had no room
+    return with_unknown(_combine(y, weights, plan.valid, "top_expert", x.dtype), logits)
+
+
+def kept_pairs(logits: Tagged, plan: BudgetPlan, router: Router) -> Routing:
+    """What a plan leaves, as a routing: computing each of its pairs is what `fixed_budget` does.
+
+    Its result still needs `with_unknown`.
+    """
+    weights = routing_weights(logits.astype(jnp.float32), plan.ids, plan.valid, router)
+    ids = plan.ids.map(lambda i: jnp.where(plan.valid.array, i, logits.size("expert")))
+    return Routing(ids, weights)
+
+
+def with_unknown(y: Tagged, logits: Tagged) -> Tagged:
+    """Rows {s, d}, NaN where a logit is: it must show even where its expert had no room."""
     unknown = jnp.isnan(logits.untag("s", "expert")).any(1, keepdims=True)
     return y.map(lambda array: jnp.where(unknown, jnp.nan, array))
 

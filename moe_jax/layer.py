@@ -20,6 +20,8 @@ from moe_jax.routing import (
     route,
     router_logits,
 )
+from moe_jax.sharding.expert_parallel import before_routing
+from moe_jax.sharding.mesh import Sharding
 from moe_jax.tagged import Tagged, is_tagged
 from moe_jax.variables import Variables, fixed, param, value
 
@@ -34,6 +36,7 @@ class MoEConfig:
         algorithm: see `mixture_of_experts`.
         tokens_per_expert_ratio: see `mixture_of_experts`.
         overflow: see `mixture_of_experts`.
+        sharding: see `mixture_of_experts`.
     """
 
     experts_per_token: int
@@ -41,11 +44,14 @@ class MoEConfig:
     algorithm: AlgorithmChoice = "auto"
     tokens_per_expert_ratio: float | None = None
     overflow: Overflow = "reroute"
+    sharding: Sharding | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.router, Router):
             raise TypeError(f"router must be a Router, got {self.router!r}")
         check_dispatch(self.algorithm, self.tokens_per_expert_ratio, self.overflow)
+        if not isinstance(self.sharding, Sharding | None):
+            raise TypeError(f"sharding must be a moe_jax.Sharding, got {self.sharding!r}")
 
 
 @jax.tree_util.register_dataclass
@@ -88,6 +94,7 @@ class MoE(nnx.Module):
         tokens_per_expert_ratio: float | None = None,
         overflow: Overflow = "reroute",
         selection_bias: Tagged | None = None,
+        sharding: Sharding | None = None,
     ) -> None:
         if set(router_weight.axes) != {"expert", "d"}:
             raise ValueError(f"router_weight must have the axes {{expert, d}}, got {router_weight}")
@@ -95,7 +102,7 @@ class MoE(nnx.Module):
         check_experts_per_token(experts_per_token, num_experts)
         check_experts(experts, num_experts)
         self.config = MoEConfig(
-            experts_per_token, router, algorithm, tokens_per_expert_ratio, overflow
+            experts_per_token, router, algorithm, tokens_per_expert_ratio, overflow, sharding
         )
         check_groups(router, experts_per_token, num_experts)
         for name, bias in (("router_bias", router_bias), ("selection_bias", selection_bias)):
@@ -132,12 +139,15 @@ class MoE(nnx.Module):
         if not is_tagged(x):
             x = jnp.asarray(x)
         named = x if is_tagged(x) else Tagged(x, (*token_axes(x.ndim - 1), "d"))
+        config = self.config
+        if config.sharding is not None:
+            named = before_routing(named, config.experts_per_token, config.sharding)
+            x = named if is_tagged(x) else named.array
         if token_mask is not None:
             # what padding holds, even NaN, must not reach the router's gradient
             keep = like_tokens(token_mask, named, "d").expand_to(named)
             named = named.map(lambda array: jnp.where(keep, array, 0))
         logits = self.logits(named)
-        config = self.config
         y, report = mixture_of_experts(
             self._experts(),
             x,
@@ -150,6 +160,7 @@ class MoE(nnx.Module):
             selection_bias=self._selection_bias(),
             overflow=config.overflow,
             with_report=True,
+            sharding=config.sharding,
         )
         return y, logits, report
 

@@ -6,6 +6,7 @@
 result is of the same kind as `x`.
 """
 
+import functools
 from typing import Any, Literal
 
 import jax
@@ -25,6 +26,8 @@ from moe_jax.routing import (
     check_groups,
     route,
 )
+from moe_jax.sharding.expert_parallel import expert_parallel
+from moe_jax.sharding.mesh import Sharding
 from moe_jax.tagged import Tagged, is_tagged, tag
 
 type AlgorithmChoice = Literal["auto", "per_token", "dense", "grouped", "fixed_budget"]
@@ -46,6 +49,7 @@ def mixture_of_experts(
     selection_bias: Any = None,
     overflow: Overflow = "reroute",
     with_report: bool = False,
+    sharding: Sharding | None = None,
 ) -> Any:
     """Sends each token to its best experts and sums what they return, weighted.
 
@@ -71,6 +75,9 @@ def mixture_of_experts(
         overflow: what `fixed_budget` does with tokens that found their expert full: `reroute` to
             lower-ranked experts with room, or `drop`.
         with_report: whether to return a `DispatchReport` as well.
+        sharding: the devices over which the experts are spread; None for one, or inside
+            `jax.shard_map`. `algorithm` is then what each device does with its own experts, and
+            `auto` chooses by their number.
 
     Returns:
         {..., d} with the dtype of `x`, or that and the report.
@@ -96,6 +103,7 @@ def mixture_of_experts(
     name = _algorithm(
         algorithm, layer.num_tokens, num_experts, experts_per_token, tokens_per_expert_ratio
     )
+    compute = functools.partial(_compute, algorithm, name, layer, num_experts, sharding)
     if name == "fixed_budget":
         assert tokens_per_expert_ratio is not None  # _algorithm has checked it
         budget = dispatch.token_budget(
@@ -110,7 +118,10 @@ def mixture_of_experts(
             selection_bias=selection_bias,
             token_mask=mask,
         )
-        y = dispatch.fixed_budget(layer.experts, layer.x, logits, plan, router)
+        if sharding is None:
+            y = dispatch.fixed_budget(layer.experts, layer.x, logits, plan, router)
+        else:
+            y = dispatch.with_unknown(compute(dispatch.kept_pairs(logits, plan, router)), logits)
         report = plan.report
     else:
         routing = route(
@@ -118,7 +129,7 @@ def mixture_of_experts(
         )
         is_default = router == Router() and selection_bias is None
         unrouted = Logits(logits, mask, experts_per_token) if is_default else None
-        y = _compute(algorithm, name, layer, routing, num_experts, unrouted)
+        y = compute(routing, unrouted)
         report = dispatch.exact_report(routing, num_experts, mask)
     y = layer.restore(y)
     return (y, report) if with_report else y
@@ -132,6 +143,7 @@ def fused_experts(
     *,
     algorithm: AlgorithmChoice = "auto",
     token_mask: Any = None,
+    sharding: Sharding | None = None,
 ) -> Any:
     """Applies experts where routing is done already; scores are used as they are.
 
@@ -145,6 +157,7 @@ def fused_experts(
         experts: a pytree with an `expert` axis and a call.
         algorithm: `auto`, `per_token`, `dense` or `grouped`.
         token_mask: bool {...}; tokens that are False get zeros.
+        sharding: the devices over which the experts are spread, see `mixture_of_experts`.
 
     Returns:
         {..., d} with the dtype of `hidden_states`.
@@ -175,7 +188,7 @@ def fused_experts(
         ids = ids.map(lambda i: jnp.where(keep, i, num_experts))
     name = _algorithm(algorithm, layer.num_tokens, num_experts, ids.size("top_expert"), None)
     routing = Routing(ids.astype(jnp.int32), weights.astype(jnp.float32))
-    return layer.restore(_compute(algorithm, name, layer, routing, num_experts))
+    return layer.restore(_compute(algorithm, name, layer, num_experts, sharding, routing))
 
 
 def _router(normalization: Normalization) -> Router:
@@ -202,17 +215,37 @@ def _compute(
     choice: str,
     name: str,
     layer: Call,
+    num_experts: int,
+    sharding: Sharding | None,
+    routing: Routing,
+    unrouted: Logits | None = None,
+) -> Tagged:
+    """Computes every pair of `routing`, which is what `unrouted` becomes where it is given."""
+    if sharding is None:
+        return _on_one_device(choice, name, layer.experts, layer.x, routing, num_experts, unrouted)
+    # a plan of fixed_budget is made here already: each device computes what is left of it
+    own = "auto" if choice == "fixed_budget" else choice
+
+    def on_each_device(experts: Any, x: Tagged, routing: Routing, count: int) -> Tagged:
+        name = _algorithm(own, x.size("s"), count, routing.ids.size("top_expert"), None)
+        return _on_one_device(own, name, experts, x, routing, count)
+
+    return expert_parallel(on_each_device, layer.experts, layer.x, routing, num_experts, sharding)
+
+
+def _on_one_device(
+    choice: str,
+    name: str,
+    experts: Any,
+    x: Tagged,
     routing: Routing,
     num_experts: int,
     unrouted: Logits | None = None,
 ) -> Tagged:
-    """Computes every pair of `routing`, which is what `unrouted` becomes where it is given.
-
-    Where there are kernels for the whole layer, they stand for `grouped`.
-    """
-    if choice in ("auto", "grouped") and is_supported(layer.experts, layer.x):
-        return expert_mlp(layer.experts, layer.x, unrouted or routing, algorithm=name)
-    return dispatch.EXACT[name](layer.experts, layer.x, routing, num_experts)
+    """Where there are kernels for the whole layer, they stand for `grouped`."""
+    if choice in ("auto", "grouped") and is_supported(experts, x):
+        return expert_mlp(experts, x, unrouted or routing, algorithm=name)
+    return dispatch.EXACT[name](experts, x, routing, num_experts)
 
 
 def _count_experts(experts: Any) -> int:

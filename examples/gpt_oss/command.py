@@ -5,6 +5,7 @@ import sys
 import time
 
 from gpt_oss.errors import UserError
+from gpt_oss.processes import joined
 from gpt_oss.source import resolve
 
 
@@ -19,6 +20,11 @@ def run(arguments: argparse.Namespace, started: float) -> None:
         UserError: what is asked for cannot be done.
         ConfigError, CheckpointError: the model's files are missing or damaged.
     """
+    with joined(arguments):
+        _run(arguments, started)
+
+
+def _run(arguments: argparse.Namespace, started: float) -> None:
     waiting = time.perf_counter()
     prompt = _prompt(arguments)
     source = resolve(

@@ -12,6 +12,7 @@ fast device is not kept waiting later. A slow one gives its tokens one by one.
 """
 
 import dataclasses
+import functools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -24,8 +25,10 @@ from jax import lax
 from gpt_oss.cache import Cache
 from gpt_oss.generation import Clock, FinishReason, Generation, Request, Statistics, Stream
 from gpt_oss.model import GptOss
+from gpt_oss.placement import on_every_device
 from gpt_oss.programs import Program
 from gpt_oss.sampling import Greedy, Sampler, Sampling
+from moe_jax.sharding import Sharding
 from moe_jax.tagged import Tagged, tag
 
 PREFILL_CHUNKS = (32, 128, 512)
@@ -99,7 +102,7 @@ class Engine:
             _on_model(_prefill, treedef), leaves, static=("reach",), donate=(1, 2)
         )
         self._decode = Program(_on_model(_decode, treedef), leaves, static=("reach",), donate=(1,))
-        self._first = Program(_first_token, donate=(0,))
+        self._first = Program(functools.partial(_first_token, model.sharding), donate=(0,))
 
     def generate(
         self,
@@ -236,7 +239,8 @@ class Engine:
             ]
             clock.count(statistics.decoding, sum(map(len, block)))
             counts = [count + len(new) for count, new in zip(counts, block, strict=True)]
-            steps = _next_steps(steps, clock.seconds)
+            # several processes must take as many steps each, whatever their clocks say
+            steps = _next_steps(steps, clock.seconds if jax.process_count() == 1 else 0.0)
 
     def _take_prompts(
         self, prompts: Sequence[Sequence[int]], clock: Clock
@@ -295,9 +299,11 @@ def _prefill(
     return cache, jnp.where(count[:, None] > 0, new.untag("b", "voc"), logits)
 
 
-def _first_token(cache: Cache, logits: jax.Array, wishes: _Wishes) -> _State:
+def _first_token(
+    sharding: Sharding | None, cache: Cache, logits: jax.Array, wishes: _Wishes
+) -> _State:
     index = cache.lengths.map(jnp.zeros_like)
-    token = wishes.sampling.choose(tag(logits, "b", "voc"), index)
+    token = on_every_device(wishes.sampling.choose(tag(logits, "b", "voc"), index), sharding)
     idle = wishes.limit.map(lambda limit: limit == 0)
     return _advance(_State(cache, token, index, idle), cache, token, wishes)
 
@@ -330,11 +336,11 @@ def _decode(
         count = None if batch == 1 else state.done.map(lambda d: jnp.where(d, 0, 1))
         last = tag(state.token.untag("b")[:, None], "b", "s")
         logits, cache = model.step(last, state.cache, count=count, reach=reach)
-        token = wishes.sampling.choose(logits, state.index)
+        token = on_every_device(wishes.sampling.choose(logits, state.index), model.sharding)
         shown = jnp.where(state.done.array, _NOTHING, token.array)
         tokens = lax.dynamic_update_slice_in_dim(tokens, shown[:, None], step, axis=1)
         return step + 1, _advance(state, cache, token, wishes), tokens
 
     empty = jnp.full((batch, BLOCK), _NOTHING, jnp.int32)
     _, state, tokens = lax.while_loop(running, one, (jnp.asarray(0, jnp.int32), state, empty))
-    return state, tokens
+    return state, on_every_device(tag(tokens, "b", "s"), model.sharding).array

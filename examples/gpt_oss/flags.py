@@ -1,6 +1,7 @@
 """The flags of generate.py."""
 
 import argparse
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,6 +10,9 @@ from gpt_oss.source import DEFAULT
 VERSION = "0.1.0"
 SEEDS = 2**63
 """Seeds are below it."""
+
+MESH_AXES = ("data", "expert", "model")
+"""What --mesh takes."""
 
 _ALGORITHMS = ("auto", "per_token", "dense", "grouped", "fixed_budget")
 
@@ -21,6 +25,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         epilog="Without --prompt it reads stdin or, on a terminal, chats.",
     )
     _add_model_flags(parser.add_argument_group("model"))
+    _add_process_flags(parser.add_argument_group("several processes"))
     _add_prompt_flags(parser.add_argument_group("prompt"))
     _add_sampling_flags(parser.add_argument_group("sampling"))
     _add_output_flags(parser.add_argument_group("output"))
@@ -37,7 +42,22 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("--tokens-per-expert-ratio needs --algorithm auto or fixed_budget")
     if arguments.algorithm == "fixed_budget" and ratio is None:
         parser.error("--algorithm fixed_budget needs --tokens-per-expert-ratio")
+    _check_processes(parser, arguments)
     return arguments
+
+
+def _check_processes(parser: argparse.ArgumentParser, arguments: argparse.Namespace) -> None:
+    coordinator = arguments.coordinator
+    numbers = arguments.num_processes, arguments.process_id
+    if coordinator is not None and arguments.prompt in (None, "-"):
+        parser.error("--coordinator needs --prompt: every process must have the same text")
+    if coordinator in (None, "auto"):
+        if numbers != (None, None):
+            parser.error("--num-processes and --process-id need --coordinator HOST:PORT")
+    elif None in numbers:
+        parser.error("--coordinator HOST:PORT needs --num-processes and --process-id")
+    elif arguments.process_id >= arguments.num_processes:
+        parser.error("--process-id must be below --num-processes")
 
 
 def _add_model_flags(group: Any) -> None:
@@ -71,7 +91,43 @@ def _add_model_flags(group: Any) -> None:
         metavar="R",
         help="give each expert room for R times its mean share; the answer then depends on it",
     )
+    spread = group.add_mutually_exclusive_group()
+    spread.add_argument(
+        "--devices",
+        type=_number(int, "at least 1", lambda n: n >= 1),
+        metavar="N",
+        help="spread the model over N devices (default: 1)",
+    )
+    spread.add_argument(
+        "--mesh",
+        type=_mesh,
+        metavar="AXIS=N,...",
+        help="spread it so: data=N holds it N times, expert=N splits experts and vocabulary, "
+        "model=N splits attention heads as well; for example expert=2,model=4",
+    )
     group.add_argument("--compile-cache", metavar="DIR", help="keep compiled programs here")
+
+
+def _add_process_flags(group: Any) -> None:
+    group.add_argument(
+        "--coordinator",
+        type=_coordinator,
+        metavar="HOST:PORT",
+        help="where the first of several processes listens, each of which runs this command; "
+        "auto: as the launcher says (Slurm, Open MPI, Kubernetes)",
+    )
+    group.add_argument(
+        "--num-processes",
+        type=_number(int, "at least 1", lambda n: n >= 1),
+        metavar="N",
+        help="how many there are",
+    )
+    group.add_argument(
+        "--process-id",
+        type=_number(int, "at least 0", lambda n: n >= 0),
+        metavar="I",
+        help="which one this is, counted from 0",
+    )
 
 
 def _add_prompt_flags(group: Any) -> None:
@@ -165,6 +221,26 @@ def _number(kind: Callable[[str], Any], expected: str, good: Callable[[Any], boo
         return value
 
     return read
+
+
+def _mesh(text: str) -> dict[str, int]:
+    """Sizes of mesh axes by name."""
+    sizes: dict[str, int] = {}
+    for part in text.split(","):
+        axis, _, size = part.partition("=")
+        if axis not in MESH_AXES or axis in sizes or not re.fullmatch("[1-9][0-9]{0,8}", size):
+            raise argparse.ArgumentTypeError(
+                f"expected sizes of at least 1 for some of {', '.join(MESH_AXES)}, such as "
+                f"expert=4 or data=2,model=4, got {text!r}"
+            )
+        sizes[axis] = int(size)
+    return sizes
+
+
+def _coordinator(text: str) -> str:
+    if text != "auto" and not re.fullmatch(r"\S+:[0-9]{1,5}", text):
+        raise argparse.ArgumentTypeError(f"expected HOST:PORT or auto, got {text!r}")
+    return text
 
 
 def _text(text: str) -> str:

@@ -24,12 +24,15 @@ class ParameterSpec:
         shape: the size of each axis.
         init: how random initialisation fills it: "normal" has the standard deviation
             `GptOssConfig.initializer_range`.
+        is_whole: whether every device needs all of it, however arrays are spread: every token meets
+            the whole router, whoever has the experts.
     """
 
     name: str
     axes: tuple[str, ...]
     shape: tuple[int, ...]
     init: Init
+    is_whole: bool = False
 
     @property
     def is_expert_weight(self) -> bool:
@@ -75,8 +78,9 @@ def _attention_specs(config: GptOssConfig) -> Iterator[ParameterSpec]:
 def _experts_specs(config: GptOssConfig) -> Iterator[ParameterSpec]:
     experts, hidden, inner = config.num_experts, config.hidden_size, config.intermediate_size
     yield _norm("post_attention_layernorm.weight", config)
-    yield ParameterSpec("mlp.router.weight", ("expert", "d"), (experts, hidden), "normal")
-    yield ParameterSpec("mlp.router.bias", ("expert",), (experts,), "zeros")
+    router = ParameterSpec("mlp.router.weight", ("expert", "d"), (experts, hidden), "normal", True)
+    yield router
+    yield ParameterSpec("mlp.router.bias", ("expert",), (experts,), "zeros", True)
     for part, rows, columns in (("gate_up_proj", 2 * inner, hidden), ("down_proj", hidden, inner)):
         name = f"mlp.experts.{part}"
         yield ParameterSpec(name, ("expert", "out", "in"), (experts, rows, columns), "normal")

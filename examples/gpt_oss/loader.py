@@ -9,7 +9,6 @@ the kernels read them, one weight at a time, which takes the memory of one weigh
 
 import contextlib
 import dataclasses
-import math
 import os
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -20,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from gpt_oss.config import GptOssConfig
 from gpt_oss.layout import ParameterSpec, parameter_specs
@@ -29,7 +28,8 @@ from moe_jax.checkpoint import Checkpoint, CheckpointError, TensorEntry
 from moe_jax.experts.prepare import prepare_experts, prepare_for_devices
 from moe_jax.quantization.mxfp4 import BLOCK_SIZE, BlockScaled, leaf_rules
 from moe_jax.quantization.tiled import Packed
-from moe_jax.tagged import Rules, Tagged, tag
+from moe_jax.sharding.mesh import Sharding, check_divisible
+from moe_jax.tagged import Tagged, tag
 
 if TYPE_CHECKING:
     from gpt_oss.model import GptOss
@@ -56,6 +56,7 @@ class TensorSource:
         shape: the array's shape.
         dtype: the array's dtype.
         transposed: whether the tensor has the last two axes the other way round.
+        is_whole: whether every device needs all of it.
         read: reads the slices of the array that an index asks for.
     """
 
@@ -64,6 +65,7 @@ class TensorSource:
     shape: tuple[int, ...]
     dtype: np.dtype
     transposed: bool
+    is_whole: bool
     read: Callable[[Index], np.ndarray]
 
 
@@ -71,8 +73,7 @@ def load_model(
     folder: str | os.PathLike[str],
     *,
     dtype: Any = None,
-    mesh: Mesh | None = None,
-    rules: Rules | None = None,
+    sharding: Sharding | None = None,
     progress: bool | None = None,
     prepare: bool | None = None,
     **moe_options: Any,
@@ -87,8 +88,8 @@ def load_model(
         folder: has config.json and model.safetensors, or the shards and their index.
         dtype: what to compute in, and of all weights that are not in MXFP4: float32 or bfloat16.
             None computes in bfloat16 and keeps the dtypes of the file.
-        mesh: devices to spread the weights over; None puts them on the default device.
-        rules: axis tag -> mesh axis. Axes without a rule are on every device in full.
+        sharding: the devices to spread the model over, and the rules; None puts it on the default
+            device.
         progress: whether to show a progress bar on stderr; None shows it on a terminal only.
         prepare: whether experts in MXFP4 are laid out for the kernels of NVIDIA GPUs, see
             `moe_jax.prepare_experts`; None does so where the weights are on such devices.
@@ -98,21 +99,25 @@ def load_model(
         ConfigError: config.json is missing or has a value that is not supported.
         CheckpointError: files are missing or damaged; or tensors are missing, unknown, or have
             the wrong dtype or shape, all of them in one message; or a value is NaN or infinite.
-        ValueError: a mesh axis does not divide the axis that `rules` spread over it.
+        ValueError: a mesh axis does not divide the axis that is spread over it.
     """
     from gpt_oss.model import GptOss
 
     config = GptOssConfig.from_folder(Path(folder))
     MoEConfig(config.experts_per_token, **moe_options)  # refuses before anything is read
-    if (mesh is None) != (rules is None):
-        raise ValueError("mesh and rules go together: give both or neither")
-    place = place_whole if mesh is None else place_sharded(mesh, rules or {})
+    place = place_whole if sharding is None else place_sharded(sharding)
     shown = sys.stderr.isatty() if progress is None else progress
     checkpoint, laid_out = Checkpoint.open(folder), _PREPARE[prepare]
     parameters = read_parameters(
         checkpoint, config, dtype=dtype, place=place, progress=shown, prepare=laid_out
     )
-    return GptOss(config, parameters.__getitem__, dtype=dtype or jnp.bfloat16, **moe_options)
+    return GptOss(
+        config,
+        parameters.__getitem__,
+        dtype=dtype or jnp.bfloat16,
+        sharding=sharding,
+        **moe_options,
+    )
 
 
 def read_parameters(
@@ -156,18 +161,20 @@ def place_whole(source: TensorSource) -> jax.Array:
     return jax.device_put(source.read((slice(None),) * len(source.shape)))
 
 
-def place_sharded(mesh: Mesh, rules: Rules) -> Place:
-    """Spreads arrays over a mesh by `rules`: axis tag -> mesh axis.
+def place_sharded(sharding: Sharding) -> Place:
+    """Spreads arrays over a mesh; each device's slices are read, and nothing else.
 
     Blocks and scales of MXFP4 follow the rule of the axis "in" that they are cut from. Slices that
-    several devices hold are read once.
+    several devices of this process hold are read once.
     """
-    rules = leaf_rules(rules)
+    rules = leaf_rules(sharding.rules)
+    mesh = sharding.mesh
 
     def place(source: TensorSource) -> jax.Array:
-        spec = PartitionSpec(*(rules.get(axis) for axis in source.axes))
-        sharding = NamedSharding(mesh, spec)
-        _check_divisible(source, sharding)
+        own = {} if source.is_whole else rules
+        for axis, size in zip(source.axes, source.shape, strict=True):
+            check_divisible(source.name, axis, size, mesh, own)
+        where = NamedSharding(mesh, PartitionSpec(*(own.get(axis) for axis in source.axes)))
         slices: dict[tuple[tuple[int, int], ...], np.ndarray] = {}
 
         def read(index: Index | None) -> np.ndarray:
@@ -177,20 +184,9 @@ def place_sharded(mesh: Mesh, rules: Rules) -> Place:
                 slices[bounds] = source.read(index)
             return slices[bounds]
 
-        return jax.make_array_from_callback(source.shape, sharding, read, dtype=source.dtype)
+        return jax.make_array_from_callback(source.shape, where, read, dtype=source.dtype)
 
     return place
-
-
-def _check_divisible(source: TensorSource, sharding: NamedSharding) -> None:
-    for axis, size, target in zip(source.axes, source.shape, sharding.spec, strict=True):
-        names = (target,) if isinstance(target, str) else target or ()
-        shards = math.prod(sharding.mesh.shape[name] for name in names)
-        if size % shards:
-            raise ValueError(
-                f"{source.name}: axis {axis!r} of size {size} cannot be split over {shards} "
-                f"devices of mesh axis {target!r}: choose a mesh whose size divides it"
-            )
 
 
 def _place_all(
@@ -239,31 +235,25 @@ def _sources(checkpoint: Checkpoint, spec: ParameterSpec, dtype: Any) -> Iterato
     if spec.name not in checkpoint.tensors:
         axes = (*spec.axes[:-1], "block", "byte")
         for name, shape in _packed_shapes(spec).items():
-            yield _source(checkpoint, name, axes[: len(shape)], shape, np.dtype(np.uint8))
+            packed = dataclasses.replace(spec, name=name, axes=axes[: len(shape)], shape=shape)
+            yield _source(checkpoint, packed, np.dtype(np.uint8))
         return
     kept = checkpoint.tensors[spec.name].dtype
     target = kept if dtype is None else np.dtype(dtype)
-    yield _source(
-        checkpoint, spec.name, spec.axes, spec.shape, target, transposed=spec.is_expert_weight
-    )
+    yield _source(checkpoint, spec, target, transposed=spec.is_expert_weight)
 
 
 def _source(
-    checkpoint: Checkpoint,
-    name: str,
-    axes: tuple[str, ...],
-    shape: tuple[int, ...],
-    dtype: np.dtype,
-    transposed: bool = False,
+    checkpoint: Checkpoint, spec: ParameterSpec, dtype: np.dtype, transposed: bool = False
 ) -> TensorSource:
     def read(index: Index) -> np.ndarray:
         index = _swap_last_two(index) if transposed else index
-        array = checkpoint.read(name, index)
-        _check_values(checkpoint, name, index, array)
+        array = checkpoint.read(spec.name, index)
+        _check_values(checkpoint, spec.name, index, array)
         array = array.astype(dtype, copy=False)
         return np.ascontiguousarray(array.swapaxes(-1, -2)) if transposed else array
 
-    return TensorSource(name, axes, shape, dtype, transposed, read)
+    return TensorSource(spec.name, spec.axes, spec.shape, dtype, transposed, spec.is_whole, read)
 
 
 def _swap_last_two[T](values: tuple[T, ...]) -> tuple[T, ...]:

@@ -28,9 +28,11 @@ from gpt_oss.cache import Cache, FullCache, RingCache, Span
 from gpt_oss.config import GptOssConfig
 from gpt_oss.layers import Linear, RMSNorm
 from gpt_oss.layout import parameter_specs
+from gpt_oss.placement import constrained, constrained_cache
 from gpt_oss.rope import cos_sin, rotate
 from moe_jax import GPT_OSS_ACTIVATION, GptOssMLP, MoE, RouterStatistics, Tagged, tag
 from moe_jax.quantization import Packed
+from moe_jax.sharding import Sharding
 from moe_jax.variables import param, value
 
 type Parameters = Callable[[str], Any]
@@ -48,9 +50,16 @@ class Attention(nnx.Module):
         sinks: Param of {h}.
         window: keys a query sees, or None for all before it.
         head_dim: features of a head.
+        sharding: the devices over which heads are spread, or None.
     """
 
-    def __init__(self, config: GptOssConfig, parameters: Parameters, layer: int) -> None:
+    def __init__(
+        self,
+        config: GptOssConfig,
+        parameters: Parameters,
+        layer: int,
+        sharding: Sharding | None = None,
+    ) -> None:
         prefix = f"model.layers.{layer}.self_attn."
 
         def linear(name: str) -> Linear:
@@ -62,6 +71,7 @@ class Attention(nnx.Module):
         self.sinks = param(parameters(f"{prefix}sinks"))
         self.window = config.window(layer)
         self.head_dim = config.head_dim
+        self.sharding = sharding
 
     def __call__(
         self,
@@ -77,6 +87,7 @@ class Attention(nnx.Module):
         v = self.v_proj(x, "d").split("kv_hd", kv=-1, hd=self.head_dim)
         q, k = rotate(q, angles).rename(s="q"), rotate(k, angles)
         k, v = (part.rename(s="k").order("b", "kv", "k", "hd") for part in (k, v))
+        q, k, v = (constrained(part, self.sharding) for part in (q, k, v))
         sinks = value(self.sinks)
         if cache is None or span is None:
             out = attend_causally(q, k, v, sinks, self.window)
@@ -85,7 +96,8 @@ class Attention(nnx.Module):
             at = span.positions(q.size("q")).rename(s="q")
             out = attend(q, seen.keys, seen.values, sinks, at, seen.positions, self.window)
         out = out.rename(q="s").order("b", "s", "h", "hd").merge(("h", "hd"), "h_hd")
-        return self.o_proj(out, "h_hd"), cache
+        out = constrained(out, self.sharding)
+        return constrained(self.o_proj(out, "h_hd"), self.sharding), cache
 
 
 class Block(nnx.Module):
@@ -98,7 +110,12 @@ class Block(nnx.Module):
     """
 
     def __init__(
-        self, config: GptOssConfig, parameters: Parameters, layer: int, **moe_options: Any
+        self,
+        config: GptOssConfig,
+        parameters: Parameters,
+        layer: int,
+        sharding: Sharding | None = None,
+        **moe_options: Any,
     ) -> None:
         prefix = f"model.layers.{layer}."
 
@@ -106,9 +123,9 @@ class Block(nnx.Module):
             return RMSNorm(parameters(f"{prefix}{name}.weight"), config.rms_norm_eps)
 
         self.input_layernorm = norm("input_layernorm")
-        self.self_attn = Attention(config, parameters, layer)
+        self.self_attn = Attention(config, parameters, layer, sharding)
         self.post_attention_layernorm = norm("post_attention_layernorm")
-        self.mlp = _mixture(config, parameters, f"{prefix}mlp.", **moe_options)
+        self.mlp = _mixture(config, parameters, f"{prefix}mlp.", sharding=sharding, **moe_options)
 
     def attend(
         self,
@@ -149,6 +166,7 @@ class GptOss(nnx.Module):
         lm_head: `Linear` of {voc, d}.
         config: its shape.
         dtype: what it computes in.
+        sharding: the devices that it is spread over, or None for one.
     """
 
     def __init__(
@@ -157,6 +175,7 @@ class GptOss(nnx.Module):
         parameters: Parameters,
         *,
         dtype: Any = jnp.bfloat16,
+        sharding: Sharding | None = None,
         **moe_options: Any,
     ) -> None:
         """Asks `parameters` for each tensor once.
@@ -167,6 +186,7 @@ class GptOss(nnx.Module):
                 `model.layers.0.mlp.experts.gate_up_proj`) may be packed: `BlockScaled` or
                 `TiledMXFP4`.
             dtype: what to compute in, float32 or bfloat16.
+            sharding: the devices over which `parameters` are spread already, see `gpt_oss.mesh`.
             moe_options: `algorithm`, `tokens_per_expert_ratio`, `overflow` of `moe_jax.MoE`.
 
         Raises:
@@ -178,9 +198,10 @@ class GptOss(nnx.Module):
         parameters = _checked(config, parameters)
         self.config = config
         self.dtype = jnp.dtype(dtype)
+        self.sharding = sharding
         self.embed_tokens = param(parameters("model.embed_tokens.weight"))
         self.layers = nnx.List(
-            Block(config, parameters, layer, **moe_options)
+            Block(config, parameters, layer, sharding, **moe_options)
             for layer in range(config.num_hidden_layers)
         )
         self.norm = RMSNorm(parameters("model.norm.weight"), config.rms_norm_eps)
@@ -254,14 +275,16 @@ class GptOss(nnx.Module):
             with jax.named_scope(f"layer_{index}"):
                 x, held = block.attend(x, angles, held, span, reach)
                 x = block.mix(x, mask)
-                layers.append(held)
+                layers.append(constrained_cache(held, self.sharding))
         last = jnp.maximum(span.count.untag("b") - 1, 0)[:, None, None]
         x = tag(jnp.take_along_axis(x.untag("b", "s", "d"), last, axis=1)[:, 0], "b", "d")
         return self.logits(x), Cache(tuple(layers), span.start + span.count)
 
     def empty_cache(self, batch: int, context: int) -> Cache:
         """A cache in the compute dtype; see `Cache.empty`."""
-        return Cache.empty(self.config, batch, context, self.dtype)
+        cache = Cache.empty(self.config, batch, context, self.dtype)
+        layers = tuple(constrained_cache(layer, self.sharding) for layer in cache.layers)
+        return Cache(layers, cache.lengths)
 
     def begin(self, tokens: Tagged, span: Span | None = None) -> tuple[Tagged, Angles]:
         """Embeddings {b, s, d} in the compute dtype, and the rotary angles of the positions."""
@@ -269,6 +292,7 @@ class GptOss(nnx.Module):
         if size > most:
             raise ValueError(f"expected at most {most} tokens, the model's positions, got {size}")
         x = value(self.embed_tokens).take(tokens.order("b", "s"), "voc").astype(self.dtype)
+        x = constrained(x, self.sharding)
         if span is None:
             positions = tag(jnp.arange(size, dtype=jnp.int32), "s")
         else:
@@ -278,7 +302,7 @@ class GptOss(nnx.Module):
     def logits(self, x: Tagged) -> Tagged:
         """Logits, float32 {..., voc}, of what the last block returned, {..., d}."""
         with jax.named_scope("lm_head"):
-            return self.lm_head(self.norm(x), "d", jnp.float32)
+            return constrained(self.lm_head(self.norm(x), "d", jnp.float32), self.sharding)
 
 
 def _checked(config: GptOssConfig, parameters: Parameters) -> Parameters:

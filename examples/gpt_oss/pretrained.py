@@ -14,7 +14,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 from gpt_oss.config import GptOssConfig
 from gpt_oss.engine import Engine
@@ -22,11 +21,13 @@ from gpt_oss.errors import UserError
 from gpt_oss.harmony import DeveloperConfig, SystemConfig
 from gpt_oss.loader import load_model
 from gpt_oss.model import GptOss
+from gpt_oss.placement import on_every_device
 from gpt_oss.session import ChatSession, Options, TextSession
 from gpt_oss.source import DEFAULT, Source, resolve
 from gpt_oss.tokenizer import Tokenizer
 from moe_jax.checkpoint import Checkpoint, CheckpointError
-from moe_jax.tagged import Rules, tag
+from moe_jax.sharding import Sharding
+from moe_jax.tagged import tag
 
 DEFAULT_CONTEXT = 8192
 """Tokens of a sequence unless asked for otherwise or the model has fewer."""
@@ -101,7 +102,7 @@ class Pretrained:
 
 @jax.jit
 def _logits(model: GptOss, tokens: Any) -> Any:
-    return model(tokens)
+    return on_every_device(model(tokens), model.sharding)
 
 
 def load(
@@ -111,8 +112,7 @@ def load(
     context: int | None = None,
     offline: bool = False,
     progress: bool = False,
-    mesh: Mesh | None = None,
-    rules: Rules | None = None,
+    sharding: Sharding | None = None,
     prepare: bool | None = None,
     **moe_options: Any,
 ) -> Pretrained:
@@ -126,8 +126,8 @@ def load(
             `DEFAULT_CONTEXT`.
         offline: download nothing.
         progress: show downloads and loading on stderr.
-        mesh: devices to spread the weights over; None puts them on the default device.
-        rules: axis tag -> mesh axis, with `mesh`.
+        sharding: the devices to spread the model over, see `gpt_oss.mesh`; None puts it on the
+            default device.
         prepare: whether packed experts are laid out for NVIDIA GPUs, see `loader.load_model`.
         moe_options: `algorithm` and `tokens_per_expert_ratio` of `moe_jax.MoE`.
 
@@ -148,8 +148,7 @@ def load(
     network = load_model(
         model.folder,
         dtype=DTYPES[dtype],
-        mesh=mesh,
-        rules=rules,
+        sharding=sharding,
         progress=progress,
         prepare=prepare,
         **moe_options,

@@ -14,15 +14,19 @@ from typing import Any
 
 import jax
 
+from gpt_oss.config import GptOssConfig
 from gpt_oss.errors import UserError
 from gpt_oss.flags import SEEDS
 from gpt_oss.harmony import SystemConfig
 from gpt_oss.interrupts import Interrupts
+from gpt_oss.mesh import describe, sharding_for
 from gpt_oss.output import JsonOutput, Output, TextOutput, printable, report
 from gpt_oss.pretrained import Pretrained, load
+from gpt_oss.processes import agreed
 from gpt_oss.sampling import Sampler
 from gpt_oss.session import ChatSession, Options, Reply, TextSession
 from gpt_oss.source import Source
+from moe_jax.sharding import Sharding
 
 _COMMAND = re.compile(r"/[A-Za-z]+(?!\S)")
 _COMMANDS = "/clear forgets what was said, /help lists the commands, /exit ends"
@@ -69,7 +73,7 @@ class Speaker:
             KeyboardInterrupt: Ctrl-C was pressed; the answer was ended properly nevertheless.
             UserError: the prompt cannot be answered.
         """
-        seed = secrets.randbelow(2**31) if self._seed is None else self._seed
+        seed = agreed(secrets.randbelow(2**31)) if self._seed is None else self._seed
         try:
             reply = self.session.reply(prompt, dataclasses.replace(self._options, seed=seed))
         except KeyboardInterrupt:
@@ -120,6 +124,7 @@ def load_speaker(arguments: argparse.Namespace, source: Source, started: float) 
     device = _device()
     if arguments.compile_cache is not None:
         _keep_compiled(arguments.compile_cache)
+    sharding = _sharding(arguments, source)
     model = load(
         source,
         dtype=arguments.dtype,
@@ -127,9 +132,13 @@ def load_speaker(arguments: argparse.Namespace, source: Source, started: float) 
         progress=sys.stderr.isatty() and not arguments.no_progress,
         algorithm=arguments.algorithm,
         tokens_per_expert_ratio=arguments.tokens_per_expert_ratio,
+        sharding=sharding,
     )
     about = {"model": source.name, "device": device, "dtype": model.model.dtype.name}
-    _note(f"{source.name} in {about['dtype']} on {device}")
+    spread = (
+        "" if sharding is None else f" x {sharding.mesh.size} ({describe(sharding.mesh.shape)})"
+    )
+    _note(f"{source.name} in {about['dtype']} on {device}{spread}")
     return Speaker(
         model.text() if arguments.raw else _new_chat(model, arguments),
         _options(arguments),
@@ -150,6 +159,16 @@ def _device() -> str:
         asked = f"; JAX_PLATFORMS is {wanted!r}: leave it out, or install JAX for that"
         reason = " ".join(str(error).split()) or "JAX finds none"
         raise UserError(f"no device to run on: {reason}{asked if wanted else ''}") from None
+
+
+def _sharding(arguments: argparse.Namespace, source: Source) -> Sharding | None:
+    """The devices that the flags name."""
+    mesh, count = arguments.mesh, arguments.devices
+    if mesh is None and count is None:
+        if jax.process_count() == 1:
+            return None
+        count = jax.device_count()
+    return sharding_for(GptOssConfig.from_folder(source.folder), mesh, count)
 
 
 def chat(speaker: Speaker) -> None:

@@ -17,8 +17,8 @@ def prepare_experts[T](experts: T) -> T:
     Every `BlockScaled` {expert, out, in}, in blocks along `in`, becomes a `TiledMXFP4` with the
     same numbers. Everything else stays as it is, so that a second call changes nothing. Every
     layer takes either kind, on every device, with the same results. `restore_experts` goes back.
-    Where experts are spread over several GPUs, call the layer inside `jax.shard_map`: XLA cannot
-    split a kernel, and would bring all experts to every device.
+    Where experts are spread over several GPUs, tell the layer so (`sharding`) or call it inside
+    `jax.shard_map`: XLA cannot split a kernel, and would bring all experts to every device.
 
     Weights are laid out one after the other where called outside `jax.jit`: besides what `experts`
     holds and what is returned, a device holds little. To keep no more than one weight twice, call

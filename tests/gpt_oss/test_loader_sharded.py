@@ -11,6 +11,7 @@ from loader_files import NAME, bits, read
 from gpt_oss import loader
 from gpt_oss.config import GptOssConfig
 from moe_jax.checkpoint import Checkpoint, CheckpointError
+from moe_jax.sharding import Sharding
 
 
 @pytest.fixture(scope="module")
@@ -32,7 +33,7 @@ class TestSharded:
     def test_equal_to_one_device(self, folder, mesh, rules):
         config = GptOssConfig.from_folder(folder)
         whole = read(folder, config)
-        split = read(folder, config, place=loader.place_sharded(mesh, rules))
+        split = read(folder, config, place=loader.place_sharded(Sharding(mesh, rules)))
         for name, value in whole.items():
             for one, many in zip(jax.tree.leaves(value), jax.tree.leaves(split[name]), strict=True):
                 assert len(many.sharding.device_set) == 8
@@ -49,7 +50,7 @@ class TestSharded:
 
         monkeypatch.setattr(Checkpoint, "read", counting)
         config = GptOssConfig.from_folder(folder)
-        parameters = read(folder, config, place=loader.place_sharded(mesh, self.RULES))
+        parameters = read(folder, config, place=loader.place_sharded(Sharding(mesh, self.RULES)))
         assert sum(counted) == Checkpoint.open(folder).nbytes
         experts = parameters["model.layers.0.mlp.experts.down_proj"]
         assert experts.blocks.array.sharding.spec == PartitionSpec("e", "m", None, None)
@@ -62,7 +63,7 @@ class TestSharded:
         assert table.addressable_shards[0].data.nbytes * 8 == table.nbytes
 
     def test_blocks_and_scales_follow_the_rule_of_in(self, folder, mesh):
-        place = loader.place_sharded(mesh, {"in": "e"})
+        place = loader.place_sharded(Sharding(mesh, {"in": "e"}))
         experts = read(folder, GptOssConfig.from_folder(folder), place=place)[
             "model.layers.0.mlp.experts.down_proj"
         ]
@@ -81,18 +82,14 @@ class TestSharded:
         parameters = read(
             folder,
             GptOssConfig.from_folder(folder),
-            place=loader.place_sharded(mesh, {"out": "e", "in": "m"}),
+            place=loader.place_sharded(Sharding(mesh, {"out": "e", "in": "m"})),
         )
         np.testing.assert_array_equal(np.asarray(parameters[name].array), weight)
 
     def test_mesh_that_does_not_divide(self, tmp_path, mesh):
         tiny.write(NAME, tmp_path)
         with pytest.raises(ValueError, match="size 7 cannot be split over 4 devices"):
-            loader.load_model(tmp_path, mesh=mesh, rules={"expert": "e"})
-
-    def test_mesh_and_rules_go_together(self, folder, mesh):
-        with pytest.raises(ValueError, match="both or neither"):
-            loader.load_model(folder, mesh=mesh)
+            loader.load_model(tmp_path, sharding=Sharding(mesh, {"expert": "e"}))
 
     def test_bad_value_is_placed_in_the_whole_tensor(self, tmp_path, mesh):
         source = tiny.tensors("divisible_by_8")
@@ -102,4 +99,8 @@ class TestSharded:
         tiny.write_files(tmp_path, tiny.config("divisible_by_8"), source)
         config = GptOssConfig.from_folder(tmp_path)
         with pytest.raises(CheckpointError, match=rf"{name}: a scale byte .* at \[13, 200, 5\]"):
-            read(tmp_path, config, place=loader.place_sharded(mesh, {"expert": "e", "in": "m"}))
+            read(
+                tmp_path,
+                config,
+                place=loader.place_sharded(Sharding(mesh, {"expert": "e", "in": "m"})),
+            )

@@ -17,7 +17,7 @@ from gpt_oss.config import GptOssConfig
 from gpt_oss.engine import Engine
 from gpt_oss.model import GptOss
 from gpt_oss.writer import write_checkpoint
-from moe_jax import BlockScaled, TiledMXFP4, prepare_experts
+from moe_jax import BlockScaled, Sharding, TiledMXFP4, prepare_experts
 from moe_jax.checkpoint import Checkpoint
 from moe_jax.experts import prepare as prepare_module
 
@@ -64,7 +64,7 @@ def test_engine_and_pretrained(folder):
 def test_weights_on_several_devices(folder):
     mesh = jax.make_mesh((4, 2), ("e", "m"), axis_types=(AxisType.Auto,) * 2)
     for rules in ({"expert": "e", "voc": "m"}, {"expert": "e", "out": "m"}, {"in": "m"}):
-        place = loader.place_sharded(mesh, rules)
+        place = loader.place_sharded(Sharding(mesh, rules))
         config, checkpoint = GptOssConfig.from_folder(folder), Checkpoint.open(folder)
         spread = loader.read_parameters(checkpoint, config, place=place, prepare=prepare_experts)
         whole = loader.read_parameters(checkpoint, config)

@@ -45,15 +45,15 @@ CONFIG = GptOssConfig(
 )
 
 
-def write(folder: Path) -> Path:
+def write(folder: Path, config: GptOssConfig = CONFIG) -> Path:
     """Writes a checkpoint with random weights, its experts in MXFP4, and a tokenizer of bytes."""
-    parameters = random_parameters(CONFIG, seed=5)
+    parameters = random_parameters(config, seed=5)
 
     def packed(name: str):
         is_expert = name.endswith(("gate_up_proj", "down_proj"))
         return quantize_mxfp4(parameters(name)) if is_expert else parameters(name)
 
-    write_checkpoint(folder, CONFIG, packed)
+    write_checkpoint(folder, config, packed)
     o200k.write_small(folder, _NAMES)
     return folder
 

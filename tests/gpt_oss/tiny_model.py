@@ -1,6 +1,7 @@
 """The tiny checkpoints of `tiny` as models, without files."""
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax.numpy as jnp
@@ -11,8 +12,9 @@ import tiny
 
 from gpt_oss.config import GptOssConfig
 from gpt_oss.layout import parameter_specs
+from gpt_oss.mesh import placed
 from gpt_oss.model import GptOss
-from moe_jax import BlockScaled, Tagged, tag
+from moe_jax import BlockScaled, Sharding, Tagged, tag
 
 
 @functools.cache
@@ -29,7 +31,15 @@ def config(name: str) -> GptOssConfig:
     return GptOssConfig.from_dict(tiny.config(name))
 
 
-def build(name: str, *, packed: bool = False, dtype: Any = jnp.float32, **options: Any) -> GptOss:
+def build(
+    name: str,
+    *,
+    packed: bool = False,
+    dtype: Any = jnp.float32,
+    sharding: Sharding | None = None,
+    prepare: Callable[[Any], Any] = lambda weight: weight,
+    **options: Any,
+) -> GptOss:
     """The model of configuration `name`, its experts as MXFP4 if `packed`, else float32."""
     tensors, specs = tiny.tensors(name) if packed else {}, parameter_specs(config(name))
 
@@ -41,7 +51,11 @@ def build(name: str, *, packed: bool = False, dtype: Any = jnp.float32, **option
             )
         return tag(jnp.asarray(weights(name)[key].astype(np.float32)), *specs[key].axes)
 
-    return GptOss(config(name), parameter, dtype=dtype, **options)
+    if sharding is not None:
+        parameter = placed(parameter, config(name), sharding)
+    return GptOss(
+        config(name), lambda key: prepare(parameter(key)), dtype=dtype, sharding=sharding, **options
+    )
 
 
 def tokens(rows: list[list[int]]) -> Tagged:

@@ -93,6 +93,7 @@ def test_flags_reach_the_model_and_the_engine(command, scripted, checkpoint):
         "progress": False,
         "algorithm": "fixed_budget",
         "tokens_per_expert_ratio": 2.0,
+        "sharding": None,
     }
     assert "Reasoning: high" in scripted.prompts[0]
     assert "# Instructions\n\nRhyme." in scripted.prompts[0]

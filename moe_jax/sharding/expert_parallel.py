@@ -1,0 +1,241 @@
+"""Experts spread over devices: each applies its own, and rows or sums travel between them.
+
+What a device does with its experts is the layer as it is on one device, with ids counted from the
+device's first expert. An id outside the device's experts stands for none there, so that the pairs
+of other devices add nothing.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec
+
+from moe_jax.dtypes import accumulator
+from moe_jax.routing import Routing
+from moe_jax.sharding.communication import capacity, choose_communication
+from moe_jax.sharding.mesh import Sharding
+from moe_jax.tagged import Rules, Tagged, is_tagged
+
+type Compute = Callable[[Any, Tagged, Routing, int], Tagged]
+"""What one device does: experts, rows {s, d}, routing {s, top_expert}, count -> {s, d}."""
+
+
+def expert_parallel(
+    compute: Compute,
+    experts: Any,
+    x: Tagged,
+    routing: Routing,
+    num_experts: int,
+    sharding: Sharding,
+) -> Tagged:
+    """Applies experts that are spread over a mesh.
+
+    Args:
+        compute: what a device does with its own experts.
+        experts: with an `expert` axis, which the mesh axes of its rule divide.
+        x: {s, d}. The number of rows need not divide the mesh.
+        routing: ids and weights {s, top_expert}; an id outside the experts stands for none.
+        num_experts: on all devices together.
+        sharding: the mesh and its rules.
+
+    Returns:
+        {s, d}.
+
+    Raises:
+        ValueError: the experts cannot be split evenly over the mesh.
+        TypeError: `sharding` is not a `Sharding`.
+    """
+    if not isinstance(sharding, Sharding):
+        raise TypeError(f"sharding must be a moe_jax.Sharding(mesh), got {sharding!r}")
+    owners, groups = sharding.axes("expert"), _groups(sharding)
+    num_devices = sharding.count(*owners)
+    sharding.of(experts)  # refuses what does not split evenly
+    ids, weights = (part.untag("s", "top_expert") for part in (routing.ids, routing.weights))
+    rows, (num_tokens, experts_per_token) = x.untag("s", "d"), ids.shape
+    if not num_tokens:
+        return x
+    form, axes = {
+        "psum": (_summed, groups),
+        "all_to_all": (_exchanged, (*groups, *owners)),
+    }[_communication(num_tokens, experts_per_token, sharding)]
+    rows = _filled_up(rows, sharding.count(*axes), 0)
+    ids = _filled_up(ids, sharding.count(*axes), num_experts)
+    weights = _filled_up(weights, sharding.count(*axes), 0)
+
+    local = functools.partial(
+        form,
+        _OnDevice(compute, num_experts // num_devices, owners),
+    )
+    by_rows = PartitionSpec(axes)
+    y = jax.shard_map(
+        local,
+        mesh=sharding.mesh,
+        in_specs=(_expert_specs(experts, {"expert": owners}), by_rows, by_rows, by_rows),
+        out_specs=by_rows,
+    )(experts, rows, ids, weights)
+    return Tagged(y[:num_tokens], ("s", "d"))
+
+
+def before_routing(x: Tagged, experts_per_token: int, sharding: Sharding) -> Tagged:
+    """x {..., d}, lying where its experts will want it.
+
+    Where every device is to have all rows, it gets them here, once, and routes them itself;
+    otherwise XLA may spread the routing and gather each of its results.
+    """
+    num_tokens = math.prod(size for axis, size in x.sizes.items() if axis != "d")
+    if _communication(num_tokens, experts_per_token, sharding) != "psum":
+        return x
+    return Sharding(sharding.mesh, {"b": _groups(sharding)}).constrain(x)
+
+
+def _groups(sharding: Sharding) -> tuple[str, ...]:
+    """The mesh axes that split the tokens that meet the same experts."""
+    owners = sharding.axes("expert")
+    return tuple(axis for axis in sharding.axes("b") if axis not in owners)
+
+
+def _communication(num_tokens: int, experts_per_token: int, sharding: Sharding) -> str:
+    if sharding.communication != "auto":
+        return sharding.communication
+    in_group = -(-num_tokens // sharding.count(*_groups(sharding)))
+    num_devices = sharding.count(*sharding.axes("expert"))
+    return choose_communication(in_group, num_devices, experts_per_token)
+
+
+class _OnDevice(NamedTuple):
+    """What a device does, with how many experts, and the mesh axes that the experts lie on."""
+
+    compute: Compute
+    num_experts: int
+    owners: tuple[str, ...]
+
+    def __call__(
+        self, experts: Any, rows: jax.Array, ids: jax.Array, weights: jax.Array
+    ) -> jax.Array:
+        """Rows [s, d], ids among all experts, weights [s, k] -> what this device's experts add."""
+        own = ids - lax.axis_index(self.owners) * self.num_experts
+        own = jnp.where((own >= 0) & (own < self.num_experts), own, self.num_experts)
+        pairs = ("s", "top_expert")
+        routing = Routing(Tagged(own, pairs), Tagged(weights, pairs))
+        y = self.compute(experts, Tagged(rows, ("s", "d")), routing, self.num_experts)
+        return y.untag("s", "d")
+
+
+def _summed(
+    device: _OnDevice, experts: Any, rows: jax.Array, ids: jax.Array, weights: jax.Array
+) -> jax.Array:
+    """Every device of `owners` has the same rows [s, d]; what its experts add is summed."""
+    return lax.psum(device(experts, rows, ids, weights), device.owners)
+
+
+def _exchanged(
+    device: _OnDevice, experts: Any, rows: jax.Array, ids: jax.Array, weights: jax.Array
+) -> jax.Array:
+    """Every device has rows of its own [s, d], which it sends to where their experts are."""
+    num_devices = lax.axis_size(device.owners)
+    num_tokens, experts_per_token = ids.shape
+    room = capacity(num_tokens, num_devices, experts_per_token)
+    queues = _line_up(ids, device.num_experts, num_devices)
+    swap = functools.partial(
+        lax.all_to_all, axis_name=device.owners, split_axis=0, concat_axis=0, tiled=True
+    )
+
+    def one_round(number: jax.Array | int) -> jax.Array:
+        """What comes of the `number`-th `room` tokens of each queue, float [s, d]."""
+        slot = queues.place - number * room
+        now = queues.first & (slot >= 0) & (slot < room)
+        token = jnp.full((num_devices, room), num_tokens, jnp.int32)
+        token = token.at[jnp.where(now, queues.owner, num_devices), jnp.where(now, slot, room)].set(
+            lax.broadcasted_iota(jnp.int32, ids.shape, 0), mode="drop"
+        )
+        outside = device.num_experts * num_devices
+        received = [
+            swap(array.at[token].get(mode="fill", fill_value=fill)).reshape(-1, array.shape[1])
+            for array, fill in ((rows, 0), (ids, outside), (weights, 0))
+        ]
+        back = swap(device(experts, *received).reshape(num_devices, room, -1))
+        picked = back.at[queues.owner, slot].get(mode="clip")
+        wide = picked.astype(accumulator(rows.dtype))
+        return jnp.where(now[:, :, None], wide, 0).sum(1)
+
+    total = one_round(0)
+    most = -(-num_tokens // room)
+    if most > 1:
+        longest = lax.pmax(queues.lengths.max(), _varying(queues.lengths))
+        total = _further_rounds(one_round, total, -(-longest // room), most)
+    return total.astype(rows.dtype)
+
+
+class _Queues(NamedTuple):
+    """Who waits for which device, in the order of tokens.
+
+    Attributes:
+        owner: int32 [s, k], the device that has the pair's expert; a number past all if none has.
+        first: bool [s, k], whether no earlier pair of the token has the same owner, if any.
+        place: int32 [s, k], how many tokens wait for the owner before this one.
+        lengths: int32 [devices], how many tokens wait for each.
+    """
+
+    owner: jax.Array
+    first: jax.Array
+    place: jax.Array
+    lengths: jax.Array
+
+
+def _line_up(ids: jax.Array, num_local: int, num_devices: int) -> _Queues:
+    valid = (ids >= 0) & (ids < num_local * num_devices)
+    owner = jnp.where(valid, ids // num_local, num_devices)
+    k = ids.shape[1]
+    earlier = jnp.tril(jnp.ones((k, k), bool), -1)
+    repeated = ((owner[:, :, None] == owner[:, None, :]) & earlier[None]).any(2)
+    waits = jax.nn.one_hot(owner, num_devices, dtype=jnp.bool_).any(1)
+    before = jnp.cumsum(waits, axis=0, dtype=jnp.int32) - waits.astype(jnp.int32)
+    place = jnp.take_along_axis(before, jnp.minimum(owner, num_devices - 1), axis=1)
+    return _Queues(owner, valid & ~repeated, place, waits.sum(0, dtype=jnp.int32))
+
+
+def _further_rounds(
+    one_round: Callable[[jax.Array], jax.Array], total: jax.Array, rounds: jax.Array, most: int
+) -> jax.Array:
+    """Adds the rounds from the second on; all devices agree on how many there are.
+
+    A loop over the most there can be, which skips those not needed, has gradients. Recomputing
+    keeps what skipped rounds would remember out of memory.
+    """
+
+    def step(total: jax.Array, number: jax.Array) -> tuple[jax.Array, None]:
+        more = jax.checkpoint(one_round)
+        return lax.cond(number < rounds, lambda: total + more(number), lambda: total), None
+
+    def rest() -> jax.Array:
+        return lax.scan(step, total, jnp.arange(1, most, dtype=jnp.int32))[0]
+
+    return lax.cond(rounds > 1, rest, lambda: total)
+
+
+def _varying(array: jax.Array) -> tuple[str, ...]:
+    return tuple(sorted(jax.typeof(array).manual_axis_type.varying))
+
+
+def _filled_up(array: jax.Array, multiple: int, fill: int) -> jax.Array:
+    """[s, ...] with rows of `fill` added until they divide."""
+    missing = -array.shape[0] % multiple
+    if not missing:
+        return array
+    return jnp.pad(array, ((0, missing), (0, 0)), constant_values=fill)
+
+
+def _expert_specs(experts: Any, rules: Rules) -> Any:
+    """The PartitionSpecs of the experts' arrays, which only the `expert` axis splits here."""
+
+    def one(leaf: Any) -> Any:
+        if is_tagged(leaf):
+            return Tagged(leaf.spec(rules), leaf.axes)
+        return PartitionSpec(rules["expert"])
+
+    return jax.tree.map(one, experts, is_leaf=is_tagged)

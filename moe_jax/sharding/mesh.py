@@ -1,0 +1,227 @@
+"""Meshes of devices, and the rules by which arrays lie on them.
+
+A mesh has three axes:
+
+    data      holds everything once more for each of its devices, and splits the batch
+    expert    splits experts and the vocabulary, and the batch further, outside of the experts
+    model     splits attention heads, and experts and the vocabulary further
+
+One table says which mesh axes split which axis tag. All arrays of an expert follow it: floats,
+biases, and the parts of packed weights, whose own axes derive from the logical ones.
+"""
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
+from typing import Any
+
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from moe_jax.quantization.mxfp4 import BlockScaled, leaf_rules
+from moe_jax.quantization.tiled import is_packed, tile_rules
+from moe_jax.sharding.communication import COMMUNICATIONS, CommunicationChoice
+from moe_jax.tagged import Rules, Tagged, is_tagged, tag
+
+RULES: Rules = MappingProxyType(
+    {
+        "b": ("data", "expert"),
+        "expert": ("expert", "model"),
+        "voc": ("expert", "model"),
+        "h": "model",
+        "kv": "model",
+        "h_hd": "model",
+        "kv_hd": "model",
+    }
+)
+"""Axis tag -> mesh axes that split it; every other axis is whole on every device."""
+
+
+def make_mesh(
+    *,
+    data: int = 1,
+    expert: int | None = None,
+    model: int = 1,
+    devices: Sequence[Any] | None = None,
+) -> Mesh:
+    """A mesh with the axes `data`, `expert` and `model`, all of them `AxisType.Auto`.
+
+    Args:
+        data: size of the axis.
+        expert: size of the axis; None for as many as there are devices for.
+        model: size of the axis.
+        devices: what it is made of; None for all of `jax.devices()`. Where all sizes are given, the
+            first so many of them are taken.
+
+    Raises:
+        ValueError: a size is below 1, or there are not as many devices as the sizes say.
+    """
+    given = {"data": data, "expert": expert, "model": model}
+    for axis, size in given.items():
+        if size is not None and (not isinstance(size, int) or size < 1):
+            raise ValueError(f"mesh axis {axis!r} must have a size of at least 1, got {size!r}")
+    devices = jax.devices() if devices is None else list(devices)
+    count = len(devices)
+    if expert is None:
+        if count % (data * model):
+            axis = "data" if count % data else "model"
+            choices = divisors(count if axis == "data" else count // data)
+            raise ValueError(
+                f"mesh axis {axis!r} of size {given[axis]} does not divide {count} devices"
+                f"{'' if axis == 'data' else f' in {data} parts'}: "
+                f"sizes that would do are {_listed(choices)}"
+            )
+        expert = count // (data * model)
+    needed = data * expert * model
+    if needed > count:
+        sizes = {"data": data, "expert": expert, "model": model}
+        axis = max(sizes, key=lambda name: sizes[name])
+        most = count // (needed // sizes[axis])
+        advice = f"at most {most} would do" if most else "make another axis smaller as well"
+        raise ValueError(
+            f"a mesh of data={data}, expert={expert}, model={model} needs {needed} devices, there "
+            f"are {count}: for axis {axis!r} {advice}"
+        )
+    return jax.make_mesh(
+        (data, expert, model),
+        ("data", "expert", "model"),
+        axis_types=(AxisType.Auto,) * 3,
+        devices=devices[:needed],
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Sharding:
+    """How a layer or a model is spread over devices.
+
+    Attributes:
+        mesh: the devices; its axes are `AxisType.Auto`, as `make_mesh` makes them.
+        rules: axis tag -> mesh axis, or several, or None. `expert` says which axes split experts.
+            Those of `b` that are not among them split the tokens that meet the same experts.
+        communication: how rows meet the experts of other devices, see `choose_communication`;
+            `auto` chooses by the number of tokens.
+    """
+
+    mesh: Mesh
+    rules: Rules = dataclasses.field(default_factory=lambda: RULES, hash=False)
+    communication: CommunicationChoice = "auto"
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.mesh, Mesh):
+            raise TypeError(f"mesh must be a jax.sharding.Mesh, got {self.mesh!r}")
+        for axis, kind in zip(self.mesh.axis_names, self.mesh.axis_types, strict=True):
+            if kind != AxisType.Auto:
+                raise ValueError(
+                    f"mesh axis {axis!r} is {kind}: make the mesh with moe_jax.make_mesh, or with "
+                    f"axis_types=(jax.sharding.AxisType.Auto, ...)"
+                )
+        for tag_name in self.rules:
+            for axis in self.axes(tag_name):
+                if axis not in self.mesh.shape:
+                    raise ValueError(
+                        f"the rules send axis {tag_name!r} to mesh axis {axis!r}, the mesh has "
+                        f"{tuple(self.mesh.shape)}: make it with moe_jax.make_mesh, or give other "
+                        f"rules"
+                    )
+        if self.communication not in ("auto", *COMMUNICATIONS):
+            raise ValueError(
+                f"communication must be 'auto' or one of {COMMUNICATIONS}, "
+                f"got {self.communication!r}"
+            )
+
+    def axes(self, axis: str) -> tuple[str, ...]:
+        """The mesh axes that split the arrays' axis of that tag."""
+        return mesh_axes(self.rules, axis)
+
+    def count(self, *axes: str) -> int:
+        """How many devices some mesh axes have together."""
+        return math.prod(self.mesh.shape[axis] for axis in axes)
+
+    def of(self, tree: Any) -> Any:
+        """The same pytree with a `NamedSharding` for each array.
+
+        For `jax.jit`'s `in_shardings` and `out_shardings`, for `jax.device_put`, or to restore a
+        checkpoint. Arrays may be abstract. A bare array counts as one with the `expert` axis in
+        front, as among experts.
+
+        Raises:
+            ValueError: an axis cannot be split evenly; says which, and what would do.
+        """
+        return jax.tree.map_with_path(
+            self._of, tree, is_leaf=lambda node: is_tagged(node) or is_packed(node)
+        )
+
+    def place[T](self, tree: T) -> T:
+        """Puts every array where `of` says."""
+        return jax.device_put(tree, self.of(tree))
+
+    def constrain(self, x: Tagged) -> Tagged:
+        """Says inside `jax.jit` where a value lies.
+
+        Of the mesh axes of a rule the first ones are used, as many as split the axis evenly: a
+        batch of one is whole on every device. A mesh axis splits one axis of the array, the last
+        that has a rule for it: the vocabulary rather than the batch.
+        """
+        entries, used = [], set()
+        for axis, size in reversed(x.sizes.items()):
+            names = tuple(name for name in self.axes(axis) if name not in used)
+            while size % self.count(*names):
+                names = names[:-1]
+            used.update(names)
+            entries.append(names or None)
+        sharding = NamedSharding(self.mesh, PartitionSpec(*reversed(entries)))
+        return x.map(lambda array: jax.lax.with_sharding_constraint(array, sharding))
+
+    def _of(self, path: Any, node: Any) -> Any:
+        if is_packed(node):
+            node.check()
+            if isinstance(node, BlockScaled):
+                rules = leaf_rules(self.rules, node.axis)
+            else:
+                rules = tile_rules(self.rules, node.axes[-2], node.axis)
+            parts = dataclasses.replace(self, rules=rules)
+            return jax.tree.map_with_path(
+                lambda end, leaf: parts._of((*path, *end), leaf), node, is_leaf=is_tagged
+            )
+        if is_tagged(node):
+            return dataclasses.replace(node, array=self._leaf(path, node))
+        axes = ("expert", *(f"axis_{n}" for n in range(1, len(node.shape))))
+        return self._leaf(path, tag(node, *axes))
+
+    def _leaf(self, path: Any, leaf: Tagged) -> NamedSharding:
+        for axis, size in leaf.sizes.items():
+            check_divisible(
+                f"{jax.tree_util.keystr(path)} {leaf}".strip(), axis, size, self.mesh, self.rules
+            )
+        return NamedSharding(self.mesh, leaf.spec(self.rules))
+
+
+def mesh_axes(rules: Rules, axis: str) -> tuple[str, ...]:
+    """The mesh axes that rules give an axis tag."""
+    target = rules.get(axis)
+    return (target,) if isinstance(target, str) else target or ()
+
+
+def check_divisible(what: str, axis: str, size: int, mesh: Mesh, rules: Mapping[str, Any]) -> None:
+    """Raises ValueError where `rules` split an axis of `size` unevenly; `what` names the array."""
+    names = mesh_axes(rules, axis)
+    shards = math.prod(mesh.shape[name] for name in names)
+    if size % shards == 0:
+        return
+    sizes = ", ".join(f"{name}={mesh.shape[name]}" for name in names)
+    product = f"a mesh axis {names[0]!r}" if len(names) == 1 else f"a product of {names}"
+    raise ValueError(
+        f"{what}: axis {axis!r} of size {size} cannot be split over {shards} devices ({sizes}): "
+        f"{product} of {_listed(divisors(size))} would do"
+    )
+
+
+def divisors(number: int) -> list[int]:
+    """What divides `number`, ascending."""
+    return [n for n in range(1, number + 1) if number % n == 0]
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    shown = [str(n) for n in numbers[:12]] + (["..."] if len(numbers) > 12 else [])
+    return " or ".join([", ".join(shown[:-1]), shown[-1]] if len(shown) > 1 else shown)

@@ -1,0 +1,142 @@
+"""Several processes on one machine that run one model together."""
+
+import dataclasses
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import tiny_chat
+
+import gpt_oss.generate
+from gpt_oss.flags import parse
+from gpt_oss.generate import main
+
+SCRIPT = Path(gpt_oss.generate.__file__)
+SAMPLED = ["--max-tokens", "24", "--raw", "-p", "Sea"]
+GREEDY = ["--temperature", "0", *SAMPLED]
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory):
+    config = dataclasses.replace(tiny_chat.CONFIG, vocab_size=272, num_experts=8)
+    return tiny_chat.write(tmp_path_factory.mktemp("processes"), config)
+
+
+def start(checkpoint, index, port, *flags, devices=2, count=2):
+    """The command as process `index`."""
+    together = ["--coordinator", f"localhost:{port}", "--num-processes", str(count)]
+    together += ["--process-id", str(index)]
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "JAX_NUM_CPU_DEVICES": str(devices),
+        "PYTHONPATH": os.pathsep.join(sys.path),
+    }
+    return subprocess.Popen(
+        [sys.executable, str(SCRIPT), "--model", str(checkpoint), *flags, *together],
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def free_port():
+    with socket.socket() as probe:
+        probe.bind(("localhost", 0))
+        return probe.getsockname()[1]
+
+
+def ends(*processes):
+    """(exit code, stdout, stderr) of each process, which ends within five minutes."""
+    try:
+        texts = [process.communicate(timeout=300) for process in processes]
+    finally:
+        _release(*processes)
+    return [(p.returncode, *text) for p, text in zip(processes, texts, strict=True)]
+
+
+def _release(*processes):
+    for process in processes:
+        process.kill()
+        process.wait()
+        process.stdout.close()
+        process.stderr.close()
+
+
+@pytest.mark.slow
+def test_two_processes_answer_as_one(checkpoint, capsys):
+    """Four devices, two a process; only the first prints."""
+    port = free_port()
+    first, second = ends(*(start(checkpoint, i, port, *GREEDY) for i in range(2)))
+    assert first[0] == 0, first[2]
+    assert second[0] == 0, second[2]
+    assert "x 4 (data=1,expert=2,model=2)" in first[2]
+    assert second[1] == "" and "data=" not in second[2]
+    assert main(["--model", str(checkpoint), *GREEDY]) == 0
+    assert first[1] == capsys.readouterr().out and len(first[1]) > 10
+
+
+@pytest.mark.slow
+def test_a_seed_that_is_drawn_is_the_same_for_all(checkpoint):
+    """Otherwise they would choose different tokens; a batch is not split over data either."""
+    port = free_port()
+    flags = ["--mesh", "data=2,model=2", *SAMPLED]
+    first, second = ends(*(start(checkpoint, i, port, *flags) for i in range(2)))
+    assert (first[0], second[0]) == (0, 0), first[2] + second[2]
+    assert len(first[1]) > 10
+
+
+@pytest.mark.slow
+def test_a_lost_process_ends_the_others(checkpoint):
+    port = free_port()
+    flags = ["--temperature", "0", "--raw", "--ignore-eos", "--max-tokens", "480", "-p", "Sea"]
+    processes = [start(checkpoint, i, port, *flags, devices=1) for i in range(2)]
+    try:
+        processes[0].stdout.read(1)  # it generates
+        processes[1].send_signal(signal.SIGKILL)
+        lost = time.monotonic()
+        _, errors = processes[0].communicate(timeout=90)
+        seconds = time.monotonic() - lost
+    finally:
+        _release(*processes)
+    assert processes[0].returncode not in (0, None)
+    assert seconds < 60
+    assert "process" in errors and ("lost" in errors or "died" in errors), errors
+
+
+@pytest.mark.slow
+def test_a_fault_of_one_is_told_by_it(checkpoint):
+    """The second asks for another model; both end."""
+    port, flags = free_port(), ["--max-tokens", "4", "--raw", "-p", "Sea"]
+    processes = [start(checkpoint, 0, port, *flags), start("/nowhere/at/all", 1, port, *flags)]
+    first, second = ends(*processes)
+    assert second[0] == 1 and "/nowhere/at/all" in second[2] and "Traceback" not in second[2]
+    assert first[0] != 0
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--coordinator", "here"], "expected HOST:PORT or auto"),
+        (["--coordinator", "a:1", "-p", "x"], "needs --num-processes and --process-id"),
+        (["--coordinator", "auto"], "needs --prompt"),
+        (["--coordinator", "auto", "-p", "-"], "needs --prompt"),
+        (["--coordinator", "auto", "-p", "x", "--process-id", "0"], "need --coordinator HOST:PORT"),
+        (["--num-processes", "2", "-p", "x"], "need --coordinator HOST:PORT"),
+        (
+            ["--coordinator", "a:1", "--num-processes", "2", "--process-id", "2", "-p", "x"],
+            "must be below",
+        ),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_flags_that_do_not_belong_together(flags, message, capsys):
+    with pytest.raises(SystemExit) as caught:
+        parse(flags)
+    assert caught.value.code == 2 and message in capsys.readouterr().err

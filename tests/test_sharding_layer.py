@@ -1,0 +1,340 @@
+"""The layer on meshes: what one device would compute, whoever has the experts."""
+
+import dataclasses
+import functools
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from core_oracle import TinyExperts, combine, f32, ratio_for, route
+from expert_mlp_oracle import Layer
+from flax import nnx
+from sharding_tools import MESHES, sharding
+
+import moe_jax
+from moe_jax import Router, Sharding, tag
+from moe_jax.sharding.communication import capacity
+
+TOKENS, EXPERTS, CHOSEN, HIDDEN = 301, 8, 2, 5
+COMMUNICATIONS = ["psum", "all_to_all"]
+TOLERANCE = {"rtol": 5e-5, "atol": 5e-5}
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A routing ids and weights [tokens, k] of rows x [tokens, d], and what comes of it."""
+
+    x: np.ndarray
+    ids: np.ndarray
+    weights: np.ndarray
+    expected: np.ndarray
+
+
+def _routings(rng: np.random.Generator) -> dict[str, np.ndarray]:
+    shape = TOKENS, CHOSEN
+    even = rng.integers(0, EXPERTS, shape)
+    return {
+        "even": even,
+        "the_first_device_gets_all": np.zeros(shape, np.int64),
+        "the_last_device_gets_all": np.full(shape, EXPERTS - 1),
+        "some_experts_get_none": rng.choice([1, 6], shape),
+        "ids_of_no_expert": np.where(rng.random(shape) < 0.5, rng.choice([-1, 8, 99], shape), even),
+        "no_pairs_at_all": np.full(shape, EXPERTS),
+    }
+
+
+@functools.cache
+def experts() -> TinyExperts:
+    return TinyExperts.random(np.random.default_rng(7), EXPERTS, HIDDEN, 7)
+
+
+@functools.cache
+def cases() -> dict[str, Case]:
+    rng = np.random.default_rng(11)
+    x = rng.normal(size=(TOKENS, HIDDEN)).astype(np.float32)
+    weights = rng.normal(size=(TOKENS, CHOSEN)).astype(np.float32)
+
+    def case(ids: np.ndarray, x: np.ndarray = x) -> Case:
+        known = np.where(ids < EXPERTS, ids, -1)
+        return Case(x, ids, weights, combine(x, known, weights, experts()))
+
+    found = {name: case(ids) for name, ids in _routings(rng).items()}
+    bad = x.copy()
+    bad[[0, 17, 300]] = np.nan
+    found["rows_of_nan"] = case(found["even"].ids, bad)
+    return found
+
+
+def on_mesh(here: Sharding, algorithm: str = "auto") -> Any:
+    placed = here.place(experts().ours())
+    function = jax.jit(
+        lambda placed, x, ids, weights: moe_jax.fused_experts(
+            x, ids, weights, placed, algorithm=algorithm, sharding=here
+        )
+    )
+    return functools.partial(function, placed)
+
+
+def call(function: Any, case: Case) -> np.ndarray:
+    pairs = "s", "top_expert"
+    ids = tag(jnp.asarray(case.ids, jnp.int32), *pairs)
+    return np.asarray(function(f32(case.x, "s", "d"), ids, f32(case.weights, *pairs)).array)
+
+
+@pytest.mark.parametrize("communication", COMMUNICATIONS)
+@pytest.mark.parametrize("sizes", MESHES, ids=str)
+def test_every_mesh(sizes, communication):
+    """Tokens do not divide the mesh; whatever the routing, each pair counts once."""
+    function = on_mesh(sharding(sizes, communication=communication))
+    for name, case in cases().items():
+        np.testing.assert_allclose(call(function, case), case.expected, **TOLERANCE, err_msg=name)
+
+
+@pytest.mark.parametrize("sizes", [s for s in MESHES if s[1] * s[2] > max(1, s[0] // 2)], ids=str)
+def test_the_cases_overflow(sizes):
+    """Otherwise the test above would not see the rounds after the first on most meshes."""
+    devices, each = sizes[1] * sizes[2], -(-TOKENS // math.prod(sizes))
+    assert each > capacity(each, devices, CHOSEN)
+
+
+@pytest.mark.parametrize("algorithm", ["per_token", "dense", "grouped"])
+@pytest.mark.parametrize("communication", COMMUNICATIONS)
+def test_every_algorithm(algorithm, communication):
+    function = on_mesh(sharding((1, 2, 2), communication=communication), algorithm)
+    for name in ("even", "the_first_device_gets_all", "rows_of_nan"):
+        case = cases()[name]
+        np.testing.assert_allclose(call(function, case), case.expected, **TOLERANCE, err_msg=name)
+
+
+@pytest.mark.parametrize("tokens", [0, 1, 2, 7, 8, 9])
+@pytest.mark.parametrize("communication", COMMUNICATIONS)
+def test_few_tokens(tokens, communication):
+    case = cases()["even"]
+    few = Case(*(getattr(case, f.name)[:tokens] for f in dataclasses.fields(case)))
+    function = on_mesh(sharding((2, 4, 1), communication=communication))
+    np.testing.assert_allclose(call(function, few), few.expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize("communication", COMMUNICATIONS)
+def test_gradients(communication, rng):
+    """Of experts, rows and weights, along one direction; with rounds after the first."""
+    case, direction = cases()["some_experts_get_none"], TinyExperts.random(rng, EXPERTS, HIDDEN, 7)
+    along_x, along_w, along_y = (
+        rng.normal(size=a.shape).astype(np.float32) for a in (case.x, case.weights, case.x)
+    )
+
+    def exact(step: float) -> float:
+        moved = TinyExperts(
+            *(getattr(experts(), n) + step * getattr(direction, n) for n in ("gate", "up", "down"))
+        )
+        x = case.x.astype(np.float64) + step * along_x
+        weights = case.weights.astype(np.float64) + step * along_w
+        return float((combine(x, case.ids, weights, moved) * along_y).sum())
+
+    here = sharding((2, 2, 2), communication=communication)
+    pairs = "s", "top_expert"
+    ids = tag(jnp.asarray(case.ids, jnp.int32), *pairs)
+
+    @jax.jit
+    @jax.grad
+    def gradient(values: Any) -> jax.Array:
+        placed, x, weights = values
+        y = moe_jax.fused_experts(x, ids, weights, placed, sharding=here)
+        return (y.array * jnp.asarray(along_y)).sum()
+
+    values = here.place(experts().ours()), f32(case.x, "s", "d"), f32(case.weights, *pairs)
+    directions = direction.ours(), f32(along_x, "s", "d"), f32(along_w, *pairs)
+    found = sum(
+        float(np.vdot(np.asarray(g, np.float64), np.asarray(d, np.float64)))
+        for g, d in zip(jax.tree.leaves(gradient(values)), jax.tree.leaves(directions), strict=True)
+    )
+    assert found == pytest.approx((exact(1e-5) - exact(-1e-5)) / 2e-5, rel=1e-4)
+
+
+@pytest.mark.parametrize("layout", ["blocks", "tiles"])
+@pytest.mark.parametrize("communication", COMMUNICATIONS)
+def test_packed_experts(rng, layout, communication):
+    """Rows are bfloat16: with tiles that is the layer which is kernels on GPUs."""
+    layer = Layer.random(rng, 8, 64, 32)
+    x = np.asarray(jnp.asarray(rng.normal(size=(45, 64)), jnp.bfloat16))
+    ids, weights = rng.integers(-1, 8, (45, 3)), rng.random((45, 3)).astype(np.float32)
+    here = sharding((1, 2, 2), communication=communication)
+    ours = layer.ours() if layout == "blocks" else moe_jax.prepare_experts(layer.ours())
+    y = jax.jit(lambda e: moe_jax.fused_experts(jnp.asarray(x), ids, weights, e, sharding=here))(
+        here.place(ours)
+    )
+    expected = layer(x.astype(np.float64), ids, weights)
+    assert y.dtype == jnp.bfloat16
+    error = np.abs(np.asarray(y, np.float64) - expected)
+    assert error.max() < 0.02 * np.abs(expected).max()
+    assert error.mean() < 0.004 * np.abs(expected).max()
+
+
+@pytest.mark.parametrize("algorithm", ["auto", "per_token", "dense", "grouped"])
+@pytest.mark.parametrize("sizes", [(1, 4, 1), (2, 2, 2)], ids=str)
+def test_routing_on_a_mesh(rng, algorithm, sizes):
+    """Logits and a mask {b, s}, which does not divide the mesh."""
+    x = rng.normal(size=(3, 11, HIDDEN)).astype(np.float32)
+    logits = rng.normal(size=(3, 11, EXPERTS)).astype(np.float32)
+    mask = rng.random((3, 11)) < 0.8
+    here = sharding(sizes)
+    y, report = jax.jit(
+        lambda e: moe_jax.mixture_of_experts(
+            e,
+            f32(x, "b", "s", "d"),
+            f32(logits, "b", "s", "expert"),
+            experts_per_token=3,
+            algorithm=algorithm,
+            token_mask=tag(jnp.asarray(mask), "b", "s"),
+            with_report=True,
+            sharding=here,
+        )
+    )(here.place(experts().ours()))
+    flat = x.reshape(-1, HIDDEN)
+    ids, weights = route(logits.reshape(-1, EXPERTS), 3, Router())
+    expected = combine(flat, np.where(mask.reshape(-1, 1), ids, -1), weights, experts())
+    np.testing.assert_allclose(y.untag("b", "s", "d").reshape(-1, HIDDEN), expected, **TOLERANCE)
+    assert int(report.assigned) == 3 * mask.sum() and int(report.dropped) == 0
+
+
+@pytest.mark.parametrize("communication", COMMUNICATIONS)
+@pytest.mark.parametrize("overflow", ["reroute", "drop"])
+def test_fixed_budget_on_a_mesh(rng, overflow, communication):
+    """The same as on one device, whose results have tests of their own; NaN logits too."""
+    logits = rng.normal(size=(65, EXPERTS)).astype(np.float32)
+    logits[:, 2] += 2
+    logits[13, 4] = np.nan
+    x = rng.normal(size=(65, HIDDEN)).astype(np.float32)
+    here = sharding((2, 4, 1), communication=communication)
+    layer = functools.partial(
+        moe_jax.mixture_of_experts,
+        x=jnp.asarray(x),
+        gating=jnp.asarray(logits),
+        experts_per_token=CHOSEN,
+        tokens_per_expert_ratio=ratio_for("fixed_budget", 1.0),
+        algorithm="fixed_budget",
+        overflow=overflow,
+        with_report=True,
+    )
+    y, report = jax.jit(functools.partial(layer, sharding=here))(here.place(experts().ours()))
+    expected, same = jax.jit(layer)(experts().ours())
+    assert report == same and int(report.dropped) > 0
+    np.testing.assert_allclose(y, expected, **TOLERANCE)
+
+
+def test_flax_layer(rng):
+    here = sharding((2, 2, 2))
+    weight = rng.normal(size=(EXPERTS, HIDDEN)).astype(np.float32)
+    layer = moe_jax.MoE(
+        here.place(experts().ours()),
+        f32(weight, "expert", "d"),
+        experts_per_token=3,
+        sharding=here,
+    )
+    x = rng.normal(size=(29, HIDDEN)).astype(np.float32)
+    ids, weights = route(x.astype(np.float64) @ weight.T.astype(np.float64), 3, Router())
+    y = nnx.jit(lambda layer, x: layer(x))(layer, jnp.asarray(x))
+    np.testing.assert_allclose(y, combine(x, ids, weights, experts()), **TOLERANCE)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class BareAffine:
+    """An expert that users bring: bare leaves [expert, d]."""
+
+    scale: jax.Array
+    shift: jax.Array
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        return x * self.scale[None] + self.shift[None]
+
+
+@pytest.mark.parametrize("communication", COMMUNICATIONS)
+def test_any_expert(rng, communication):
+    case = cases()["even"]
+    scale, shift = rng.normal(size=(2, EXPERTS, HIDDEN))
+    here = sharding((1, 4, 2), communication=communication)
+    ours = BareAffine(jnp.asarray(scale, jnp.float32), jnp.asarray(shift, jnp.float32))
+    y = jax.jit(
+        lambda e: moe_jax.fused_experts(
+            jnp.asarray(case.x), case.ids, case.weights, e, sharding=here
+        )
+    )(here.place(ours))
+    expected = combine(case.x, case.ids, case.weights, lambda e, row: row * scale[e] + shift[e])
+    np.testing.assert_allclose(y, expected, **TOLERANCE)
+
+
+def test_other_names_of_mesh_axes(rng):
+    axis_types = (jax.sharding.AxisType.Auto,) * 2
+    mesh = jax.make_mesh((2, 4), ("rows", "columns"), axis_types=axis_types)
+    here = Sharding(mesh, {"b": "rows", "expert": "columns"}, communication="all_to_all")
+    case = cases()["even"]
+    np.testing.assert_allclose(call(on_mesh(here), case), case.expected, **TOLERANCE)
+
+
+def test_experts_on_every_device_split_rows_only():
+    mesh = moe_jax.make_mesh(data=4, expert=1)
+    here = Sharding(mesh, {"b": "data"}, communication="psum")
+    case = cases()["even"]
+    np.testing.assert_allclose(call(on_mesh(here), case), case.expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    "communication, expected",
+    [("psum", {"all-reduce": 1}), ("all_to_all", {"all-to-all": 8, "all-reduce": 1})],
+)
+def test_only_rows_travel(communication, expected):
+    """No collective moves weights; the all-reduce of the exchange agrees on further rounds."""
+    here = sharding((1, 8, 1), communication=communication)
+    case, pairs, whole = cases()["even"], ("s", "top_expert"), 296
+    args = (
+        here.place(experts().ours()),
+        f32(case.x[:whole], "s", "d"),
+        tag(jnp.asarray(case.ids[:whole], jnp.int32), *pairs),
+        f32(case.weights[:whole], *pairs),
+    )
+    function = jax.jit(
+        lambda e, x, ids, w: moe_jax.fused_experts(x, ids, w, e, sharding=here),
+        out_shardings=jax.NamedSharding(here.mesh, jax.P()) if communication == "psum" else None,
+    )
+    text = function.lower(*args).compile().as_text()
+    found = {
+        name: count
+        for name in ("all-reduce", "all-to-all", "all-gather", "collective-permute")
+        if (count := text.count(f" {name}(") + text.count(f" {name}-start("))
+    }
+    assert found == expected
+
+
+def test_experts_that_do_not_split():
+    with pytest.raises(ValueError, match="axis 'expert' of size 6 cannot be split over 4 devices"):
+        moe_jax.fused_experts(
+            jnp.zeros((3, HIDDEN)),
+            jnp.zeros((3, 1), jnp.int32),
+            jnp.zeros((3, 1)),
+            TinyExperts.random(np.random.default_rng(0), 6).ours(),
+            sharding=sharding((1, 4, 1)),
+        )
+
+
+@pytest.mark.parametrize("wrong", [moe_jax.make_mesh, "expert"])
+def test_sharding_of_another_type(wrong):
+    given = wrong() if callable(wrong) else wrong
+    with pytest.raises(TypeError, match=r"moe_jax.Sharding"):
+        moe_jax.fused_experts(
+            jnp.zeros((3, HIDDEN)),
+            jnp.zeros((3, 1), jnp.int32),
+            jnp.zeros((3, 1)),
+            experts().ours(),
+            sharding=given,
+        )
+    with pytest.raises(TypeError, match=r"moe_jax.Sharding"):
+        moe_jax.MoE(
+            experts().ours(),
+            f32(np.zeros((EXPERTS, HIDDEN)), "expert", "d"),
+            experts_per_token=1,
+            sharding=given,
+        )
