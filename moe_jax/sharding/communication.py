@@ -22,7 +22,9 @@ _MULTIPLE = 8
 _START_ROWS = 12_000
 """What starting the exchange costs, in rows that could be sent meanwhile.
 
-Two times 140 us at 260 GB/s and 5,760 bytes a row, on 4 GPUs connected by NVLink.
+Two times 140 us, for the way there and the way back, at 260 GB/s and 5,760 bytes a row: on 4 GPUs
+connected by NVLink. Ids and weights leave as one small array together with the rows.
+`benchmarks/sharded.py` measures both forms and says which number fits.
 """
 
 
