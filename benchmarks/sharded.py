@@ -47,7 +47,7 @@ PARTS = ("parts", "model")
 _IDENTITY = ("mesh", "phase", "batch", "tokens", "rows", "context", "communication", "collective")
 _TINY: dict[str, Any] = {
     "batch": [1, 8],
-    "prefill": ["1x32", "4x32"],
+    "prefill": ["4x32"],
     "chunk": 16,
     "reaches": 1,
     "context": 24,
@@ -157,6 +157,7 @@ class Bench:
         self._compile_seconds = 0.0
         self.measured: list[dict[str, Any]] = []
         self.report = self._begin()
+        self._reference = Reference(options.output and options.output.with_suffix(".npz"))
 
     def _begin(self) -> dict[str, Any]:
         options = self._options
@@ -208,10 +209,9 @@ class Bench:
     def _mesh(self, sizes: dict[str, int]) -> Iterator[dict[str, Any]]:
         """A row for the weights, and those of `Measurement`."""
         options = self._options
-        path = options.output and options.output.with_suffix(".npz")
         model = MeshModel(self._config, sizes, self._dtype)
         yield _weights_row(model, sizes)
-        measurement = Measurement(model, self._plan(), Reference(path))
+        measurement = Measurement(model, self._plan(), self._reference)
         self._compile_seconds = max(self._compile_seconds, measurement.compile_seconds)
         print(f"{describe(sizes)}: compiled in {measurement.compile_seconds:.1f} s", flush=True)
         rates = Rates(self.report["rows"])

@@ -184,7 +184,7 @@ def _layer(
 
 def _turns(tokens: int) -> int:
     """How many layers one call has, so that it outlasts its launch."""
-    return 8 if tokens <= 512 else _SETS
+    return 4 if tokens <= 512 else _SETS
 
 
 def start_rows(rows: list[Mapping[str, Any]], devices: int, chosen: int) -> tuple[float, float]:

@@ -29,10 +29,11 @@ def line(row: dict[str, Any]) -> str:
         low, high = row["spread"]
         parts.append(f"{row['tokens_per_second']:.1f} tokens/s ({low:.1f} to {high:.1f})")
         parts.append(f"floor {row['floor_tokens_per_second']:.0f}")
-        parts.append(f"x{row.get('speedup', math.nan):.2f}, same: {row['same']}")
-        parts += [f"error {row['error']:.1e}"] if "error" in row else []
+        parts.append(f"x{row.get('speedup', math.nan):.2f}")
     elif "us" in row:
         parts.append(f"{row['us']:.1f} us")
+    parts += [f"same: {row['same']}"] if "same" in row else []
+    parts += [f"error {row['error']:.1e}"] if "error" in row else []
     parts += [f"absent: {row['absent']}"] if "absent" in row else []
     parts += [f"per device {row['bytes_per_device']}"] if "bytes_per_device" in row else []
     return ", ".join(parts)
