@@ -41,7 +41,7 @@ from gpt_oss.config import GptOssConfig
 from gpt_oss.engine import PREFILL_CHUNKS
 from gpt_oss.mesh import describe, fault
 
-AXES = ("data", "expert", "model")
+AXES: tuple[str, ...] = ("data", "expert", "model")
 PARTS = ("parts", "model")
 
 _IDENTITY = ("mesh", "phase", "batch", "tokens", "rows", "context", "communication", "collective")
@@ -217,11 +217,10 @@ class Bench:
         rates = Rates(self.report["rows"])
         yield from measurement.rows(sizes, self.report["ceilings"], rates)
         if options.profile:
-            options.profile.mkdir(parents=True, exist_ok=True)
-            for what, times in measurement.profile(options.profile):
+            for what, times in measurement.profile(options.profile / describe(sizes)):
                 print(sharded_profile.table(f"{describe(sizes)}, {what}", times), flush=True)
                 devices = [dataclasses.asdict(t) | {"idle": t.idle} for t in times]
-                yield {"mesh": sizes, "phase": f"profile {what}", "devices": devices}
+                yield {"mesh": sizes, "phase": f"profile {what}", "device_times": devices}
 
     def _plan(self) -> Plan:
         options = self._options
@@ -285,7 +284,7 @@ def _prompts(text: str, options: argparse.Namespace) -> Prompts:
 
 def _weights_row(model: MeshModel, sizes: dict[str, int]) -> dict[str, Any]:
     """What each device holds, and whether it is an equal share of the experts."""
-    experts = [block.mlp.experts.tree() for block in model.model.layers]
+    experts = [block.mlp.experts for block in model.model.layers]
     total = sum(leaf.nbytes for leaf in jax.tree.leaves(experts))
     held = sharded_model.bytes_per_device(experts)
     owners = sizes["expert"] * sizes["model"]

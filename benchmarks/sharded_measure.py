@@ -157,11 +157,12 @@ class Measurement:
             call = self._decoder(batch)
             call(plan.context, self._shifts[:batch], 1)
             step = functools.partial(call, plan.context, self._shifts[:batch], 1)
-            yield f"decode {batch}", trace(folder, step)
+            yield f"decode {batch}", trace(folder / f"decode_{batch}", step)
         for prompts in plan.prompts[:1]:
             call = self._prefiller(prompts)
             jax.block_until_ready(call())
-            yield f"prefill {prompts.rows}x{prompts.length}", trace(folder, call)
+            shape = f"{prompts.rows}x{prompts.length}"
+            yield f"prefill {shape}", trace(folder / f"prefill_{shape}", call)
 
     def _check_forward(self) -> dict[str, Any]:
         logits, _ = self._forward(self._checked[:0])

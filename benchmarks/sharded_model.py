@@ -81,7 +81,7 @@ class RandomWeights:
     def __init__(self, config: GptOssConfig, dtype: Any, sharding: Sharding | None) -> None:
         self._config, self._dtype, self._sharding = config, dtype, sharding
         self._specs = parameter_specs(config)
-        self._compiled: dict[ParameterSpec, Callable[[jax.Array], Any]] = {}
+        self._compiled: dict[ParameterSpec, Callable[[Any], Any]] = {}
         self.seconds = 0.0
 
     def __call__(self, name: str) -> Any:
@@ -96,7 +96,7 @@ class RandomWeights:
         return made
 
     def _maker(self, spec: ParameterSpec) -> Callable[[Any], Any]:
-        def make(seed: jax.Array) -> Any:
+        def make(seed: Any) -> Any:
             if spec.is_expert_weight:
                 return _random_mxfp4(seed, spec)
             if spec.init != "normal":

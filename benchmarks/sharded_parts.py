@@ -19,7 +19,7 @@ from timing import sampler, summary
 import moe_jax
 from gpt_oss.config import GptOssConfig
 from moe_jax import GptOssMLP, Sharding
-from moe_jax.sharding.communication import COMMUNICATIONS, capacity
+from moe_jax.sharding.communication import COMMUNICATIONS, Communication, capacity
 
 KINDS = ("psum", "all_gather", "all_to_all")
 _SETS = 2
@@ -118,10 +118,10 @@ def layers(
     cache helps. Rows begin and end where the form has them: on all devices for `psum`, split for
     `all_to_all`.
     """
-    forms = COMMUNICATIONS if num_devices > 1 else ("psum",)
+    forms: tuple[Communication, ...] = COMMUNICATIONS if num_devices > 1 else ("psum",)
     mesh = moe_jax.make_mesh(devices=jax.devices()[:num_devices])
     experts = _experts(config, Sharding(mesh), dtype)
-    cases = [(form, count) for count in tokens for form in forms]
+    cases: list[tuple[Communication, int]] = [(form, n) for n in tokens for form in forms]
     found = [
         _layer(config, Sharding(mesh, communication=form), experts, count, dtype)
         for form, count in cases

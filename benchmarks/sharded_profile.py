@@ -48,6 +48,7 @@ class DeviceTimes:
 
 def trace(folder: Path, function: Callable[[], Any]) -> list[DeviceTimes]:
     """Calls `function` under the profiler, which leaves its files in `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
     before = set(folder.rglob("*.xplane.pb"))
     with jax.profiler.trace(str(folder)):
         jax.block_until_ready(function())

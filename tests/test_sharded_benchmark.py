@@ -161,6 +161,18 @@ class TestFloors:
         assert rates.microseconds([Collective("psum", 2, 1000, 1)]) is None
 
 
+def test_meshes_by_default():
+    found = [tuple(sizes.values()) for sizes in sharded.default_meshes(GPT_OSS_20B, [1, 2, 4])]
+    two, four = [(1, 1, 2), (1, 2, 1), (2, 1, 1)], [(1, 1, 4), (1, 2, 2), (1, 4, 1), (4, 1, 1)]
+    assert found == [(1, 1, 1), *two, *four]
+
+
+def test_a_call_looks_as_far_as_it_must():
+    prompts = sharded_model.Prompts(rows=2, length=32, chunk=8, reaches=(16, 32))
+    assert prompts.calls() == [(0, 16), (8, 16), (16, 32), (24, 32)]
+    assert prompts.tokens == 64
+
+
 def test_start_of_an_exchange_in_rows():
     """Capacities of 2048 and 8192 tokens are 1.25 * 0.6836 of them, up to a multiple of 8."""
     times = {512: (9.0, 20.0), 8192: (30.0, 31.0), 32768: (90.0, 50.0)}

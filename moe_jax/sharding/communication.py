@@ -15,7 +15,7 @@ from typing import Literal
 type Communication = Literal["psum", "all_to_all"]
 type CommunicationChoice = Literal["auto", "psum", "all_to_all"]
 
-COMMUNICATIONS = ("psum", "all_to_all")
+COMMUNICATIONS: tuple[Communication, ...] = ("psum", "all_to_all")
 
 _ROOM = 1.25  # rows that a device may send to another, as a multiple of the mean
 _MULTIPLE = 8
