@@ -84,13 +84,11 @@ def close(ours, expected: np.ndarray, kind: str) -> None:
     np.testing.assert_allclose(np.asarray(ours, np.float64), expected, rtol=0, atol=tolerance)
 
 
-jitted = jax.jit(grouped_matmul, static_argnames="implementation")
-"""As one program: to compile it costs less than to compile each operation."""
-
-
 def multiply(rows: jax.Array, weight, sizes, implementation: str | None) -> Tagged:
     group_sizes = tag(jnp.asarray(sizes, jnp.int32), "expert")
-    return jitted(tag(rows, "row", "in"), weight, group_sizes, implementation=implementation)
+    return grouped_matmul(
+        tag(rows, "row", "in"), weight, group_sizes, implementation=implementation
+    )
 
 
 @pytest.mark.parametrize("case", GROUPS)
