@@ -18,7 +18,7 @@ from moe_jax.kernels.grouped_matmul.reference import choose_block_size, plan_blo
 
 NEEDS_GPU = pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an NVIDIA GPU")
 IMPLEMENTATIONS = [
-    pytest.param("xla", id="xla"),
+    pytest.param("xla", id="xla_by_name"),
     pytest.param(None, id="by_platform"),
     pytest.param("triton", id="triton", marks=NEEDS_GPU),
 ]
