@@ -12,76 +12,25 @@ import pytest
 from core_oracle import TinyExperts, combine, f32, ratio_for, route
 from expert_mlp_oracle import Layer
 from flax import nnx
+from sharding_cases import (
+    CHOSEN,
+    COMMUNICATIONS,
+    EXPERTS,
+    HIDDEN,
+    TOKENS,
+    TOLERANCE,
+    BareAffine,
+    Case,
+    call,
+    cases,
+    experts,
+    on_mesh,
+)
 from sharding_tools import MESHES, sharding
 
 import moe_jax
 from moe_jax import Router, Sharding, tag
 from moe_jax.sharding.communication import capacity
-
-TOKENS, EXPERTS, CHOSEN, HIDDEN = 301, 8, 2, 5
-COMMUNICATIONS = ["psum", "all_to_all"]
-TOLERANCE = {"rtol": 5e-5, "atol": 5e-5}
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """A routing ids and weights [tokens, k] of rows x [tokens, d], and what comes of it."""
-
-    x: np.ndarray
-    ids: np.ndarray
-    weights: np.ndarray
-    expected: np.ndarray
-
-
-def _routings(rng: np.random.Generator) -> dict[str, np.ndarray]:
-    shape = TOKENS, CHOSEN
-    even = rng.integers(0, EXPERTS, shape)
-    return {
-        "even": even,
-        "the_first_device_gets_all": np.zeros(shape, np.int64),
-        "the_last_device_gets_all": np.full(shape, EXPERTS - 1),
-        "some_experts_get_none": rng.choice([1, 6], shape),
-        "ids_of_no_expert": np.where(rng.random(shape) < 0.5, rng.choice([-1, 8, 99], shape), even),
-        "no_pairs_at_all": np.full(shape, EXPERTS),
-    }
-
-
-@functools.cache
-def experts() -> TinyExperts:
-    return TinyExperts.random(np.random.default_rng(7), EXPERTS, HIDDEN, 7)
-
-
-@functools.cache
-def cases() -> dict[str, Case]:
-    rng = np.random.default_rng(11)
-    x = rng.normal(size=(TOKENS, HIDDEN)).astype(np.float32)
-    weights = rng.normal(size=(TOKENS, CHOSEN)).astype(np.float32)
-
-    def case(ids: np.ndarray, x: np.ndarray = x) -> Case:
-        known = np.where(ids < EXPERTS, ids, -1)
-        return Case(x, ids, weights, combine(x, known, weights, experts()))
-
-    found = {name: case(ids) for name, ids in _routings(rng).items()}
-    bad = x.copy()
-    bad[[0, 17, 300]] = np.nan
-    found["rows_of_nan"] = case(found["even"].ids, bad)
-    return found
-
-
-def on_mesh(here: Sharding, algorithm: str = "auto") -> Any:
-    placed = here.place(experts().ours())
-    function = jax.jit(
-        lambda placed, x, ids, weights: moe_jax.fused_experts(
-            x, ids, weights, placed, algorithm=algorithm, sharding=here
-        )
-    )
-    return functools.partial(function, placed)
-
-
-def call(function: Any, case: Case) -> np.ndarray:
-    pairs = "s", "top_expert"
-    ids = tag(jnp.asarray(case.ids, jnp.int32), *pairs)
-    return np.asarray(function(f32(case.x, "s", "d"), ids, f32(case.weights, *pairs)).array)
 
 
 @pytest.mark.parametrize("communication", COMMUNICATIONS)
@@ -240,18 +189,6 @@ def test_flax_layer(rng):
     np.testing.assert_allclose(y, combine(x, ids, weights, experts()), **TOLERANCE)
 
 
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class BareAffine:
-    """An expert that users bring: bare leaves [expert, d]."""
-
-    scale: jax.Array
-    shift: jax.Array
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return x * self.scale[None] + self.shift[None]
-
-
 @pytest.mark.parametrize("communication", COMMUNICATIONS)
 def test_any_expert(rng, communication):
     case = cases()["even"]
@@ -280,33 +217,6 @@ def test_experts_on_every_device_split_rows_only():
     here = Sharding(mesh, {"b": "data"}, communication="psum")
     case = cases()["even"]
     np.testing.assert_allclose(call(on_mesh(here), case), case.expected, **TOLERANCE)
-
-
-@pytest.mark.parametrize(
-    "communication, expected",
-    [("psum", {"all-reduce": 1}), ("all_to_all", {"all-to-all": 8, "all-reduce": 1})],
-)
-def test_only_rows_travel(communication, expected):
-    """No collective moves weights; the all-reduce of the exchange agrees on further rounds."""
-    here = sharding((1, 8, 1), communication=communication)
-    case, pairs, whole = cases()["even"], ("s", "top_expert"), 296
-    args = (
-        here.place(experts().ours()),
-        f32(case.x[:whole], "s", "d"),
-        tag(jnp.asarray(case.ids[:whole], jnp.int32), *pairs),
-        f32(case.weights[:whole], *pairs),
-    )
-    function = jax.jit(
-        lambda e, x, ids, w: moe_jax.fused_experts(x, ids, w, e, sharding=here),
-        out_shardings=jax.NamedSharding(here.mesh, jax.P()) if communication == "psum" else None,
-    )
-    text = function.lower(*args).compile().as_text()
-    found = {
-        name: count
-        for name in ("all-reduce", "all-to-all", "all-gather", "collective-permute")
-        if (count := text.count(f" {name}(") + text.count(f" {name}-start("))
-    }
-    assert found == expected
 
 
 def test_experts_that_do_not_split():
