@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import math
 from typing import Any
 
 import jax
@@ -11,6 +12,7 @@ from core_oracle import TinyExperts, combine, f32
 
 import moe_jax
 from moe_jax import Sharding, tag
+from moe_jax.sharding.communication import capacity
 
 TOKENS, EXPERTS, CHOSEN, HIDDEN = 301, 8, 2, 5
 COMMUNICATIONS = ["psum", "all_to_all"]
@@ -77,6 +79,19 @@ def call(function: Any, case: Case) -> np.ndarray:
     pairs = "s", "top_expert"
     ids = tag(jnp.asarray(case.ids, jnp.int32), *pairs)
     return np.asarray(function(f32(case.x, "s", "d"), ids, f32(case.weights, *pairs)).array)
+
+
+def rounds(ids: np.ndarray, sizes: tuple[int, int, int]) -> int:
+    """How many rounds of the exchange a routing [tokens, k] needs on a mesh."""
+    owners, devices = sizes[1] * sizes[2], math.prod(sizes)
+    each = -(-len(ids) // devices)
+    owner = np.where((ids >= 0) & (ids < EXPERTS), ids // (EXPERTS // owners), -1)
+    longest = max(
+        int((owner[first : first + each] == d).any(1).sum())
+        for first in range(0, len(ids), each)
+        for d in range(owners)
+    )
+    return -(-longest // capacity(each, owners, ids.shape[1]))
 
 
 @jax.tree_util.register_dataclass

@@ -1,23 +1,22 @@
 """The layer on meshes: what one device would compute, whoever has the experts."""
 
 import dataclasses
-import functools
-import math
+import itertools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from core_oracle import TinyExperts, combine, f32, ratio_for, route
+from core_oracle import TinyExperts, combine, expert_choice, f32, route
 from expert_mlp_oracle import Layer
 from flax import nnx
 from sharding_cases import (
+    ALGORITHMS,
     CHOSEN,
     COMMUNICATIONS,
     EXPERTS,
     HIDDEN,
-    TOKENS,
     TOLERANCE,
     BareAffine,
     Case,
@@ -25,19 +24,33 @@ from sharding_cases import (
     cases,
     experts,
     on_mesh,
+    rounds,
 )
 from sharding_tools import MESHES, sharding
 
 import moe_jax
 from moe_jax import Router, Sharding, tag
-from moe_jax.sharding.communication import capacity
+from moe_jax.dispatch import token_budget
+
+PAIRS = [
+    (sizes, algorithm, COMMUNICATIONS[(m + a) % 2])
+    for m, sizes in enumerate(MESHES)
+    for a, algorithm in enumerate(ALGORITHMS)
+]
+"""Of meshes, algorithms and ways rows travel, each two that can meet."""
 
 
-@pytest.mark.parametrize("communication", COMMUNICATIONS)
-@pytest.mark.parametrize("sizes", MESHES, ids=str)
-def test_every_mesh(sizes, communication):
+def test_pairs_are_complete():
+    for one, other in itertools.combinations(range(3), 2):
+        found = {(case[one], case[other]) for case in PAIRS}
+        values = ({case[axis] for case in PAIRS} for axis in (one, other))
+        assert found == set(itertools.product(*values))
+
+
+@pytest.mark.parametrize(("sizes", "algorithm", "communication"), PAIRS, ids=str)
+def test_every_mesh(sizes, algorithm, communication):
     """Tokens do not divide the mesh; whatever the routing, each pair counts once."""
-    function = on_mesh(sharding(sizes, communication=communication))
+    function = on_mesh(sharding(sizes, communication=communication), algorithm)
     for name, case in cases().items():
         np.testing.assert_allclose(call(function, case), case.expected, **TOLERANCE, err_msg=name)
 
@@ -45,17 +58,7 @@ def test_every_mesh(sizes, communication):
 @pytest.mark.parametrize("sizes", [s for s in MESHES if s[1] * s[2] > max(1, s[0] // 2)], ids=str)
 def test_the_cases_overflow(sizes):
     """Otherwise the test above would not see the rounds after the first on most meshes."""
-    devices, each = sizes[1] * sizes[2], -(-TOKENS // math.prod(sizes))
-    assert each > capacity(each, devices, CHOSEN)
-
-
-@pytest.mark.parametrize("algorithm", ["per_token", "dense", "grouped"])
-@pytest.mark.parametrize("communication", COMMUNICATIONS)
-def test_every_algorithm(algorithm, communication):
-    function = on_mesh(sharding((1, 2, 2), communication=communication), algorithm)
-    for name in ("even", "the_first_device_gets_all", "rows_of_nan"):
-        case = cases()[name]
-        np.testing.assert_allclose(call(function, case), case.expected, **TOLERANCE, err_msg=name)
+    assert max(rounds(case.ids, sizes) for case in cases().values()) > 1
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 2, 7, 8, 9])
@@ -70,7 +73,9 @@ def test_few_tokens(tokens, communication):
 @pytest.mark.parametrize("communication", COMMUNICATIONS)
 def test_gradients(communication, rng):
     """Of experts, rows and weights, along one direction; with rounds after the first."""
-    case, direction = cases()["some_experts_get_none"], TinyExperts.random(rng, EXPERTS, HIDDEN, 7)
+    case, sizes = cases()["some_experts_get_none"], (2, 2, 2)
+    assert rounds(case.ids, sizes) > 1
+    direction = TinyExperts.random(rng, EXPERTS, HIDDEN, 7)
     along_x, along_w, along_y = (
         rng.normal(size=a.shape).astype(np.float32) for a in (case.x, case.weights, case.x)
     )
@@ -83,7 +88,7 @@ def test_gradients(communication, rng):
         weights = case.weights.astype(np.float64) + step * along_w
         return float((combine(x, case.ids, weights, moved) * along_y).sum())
 
-    here = sharding((2, 2, 2), communication=communication)
+    here = sharding(sizes, communication=communication)
     pairs = "s", "top_expert"
     ids = tag(jnp.asarray(case.ids, jnp.int32), *pairs)
 
@@ -152,26 +157,46 @@ def test_routing_on_a_mesh(rng, algorithm, sizes):
 @pytest.mark.parametrize("communication", COMMUNICATIONS)
 @pytest.mark.parametrize("overflow", ["reroute", "drop"])
 def test_fixed_budget_on_a_mesh(rng, overflow, communication):
-    """The same as on one device, whose results have tests of their own; NaN logits too."""
-    logits = rng.normal(size=(65, EXPERTS)).astype(np.float32)
+    """A token with a logit that is NaN ranks that expert first and goes last; it gets NaN."""
+    tokens, unknown = 65, 13
+    logits = rng.normal(size=(tokens, EXPERTS)).astype(np.float32)
     logits[:, 2] += 2
-    logits[13, 4] = np.nan
-    x = rng.normal(size=(65, HIDDEN)).astype(np.float32)
+    logits[unknown, 4] = np.nan
+    x = rng.normal(size=(tokens, HIDDEN)).astype(np.float32)
     here = sharding((2, 4, 1), communication=communication)
-    layer = functools.partial(
-        moe_jax.mixture_of_experts,
-        x=jnp.asarray(x),
-        gating=jnp.asarray(logits),
-        experts_per_token=CHOSEN,
-        tokens_per_expert_ratio=ratio_for("fixed_budget", 1.0),
-        algorithm="fixed_budget",
-        overflow=overflow,
-        with_report=True,
-    )
-    y, report = jax.jit(functools.partial(layer, sharding=here))(here.place(experts().ours()))
-    expected, same = jax.jit(layer)(experts().ours())
-    assert report == same and int(report.dropped) > 0
+    y, report = jax.jit(
+        lambda e: moe_jax.mixture_of_experts(
+            e,
+            jnp.asarray(x),
+            jnp.asarray(logits),
+            experts_per_token=CHOSEN,
+            tokens_per_expert_ratio=1.0,
+            algorithm="fixed_budget",
+            overflow=overflow,
+            with_report=True,
+            sharding=here,
+        )
+    )(here.place(experts().ours()))
+
+    ranked = np.where(np.isnan(logits), np.inf, logits)
+    priority = np.where(np.arange(tokens)[:, None] == unknown, -np.inf, _softmax(logits))
+    budget = token_budget(tokens, EXPERTS, CHOSEN, 1.0)
+    plan = expert_choice(ranked, priority, CHOSEN, budget, overflow)
+    expected = np.zeros(x.shape)
+    for t, kept in enumerate(plan.kept):
+        for e, weight in zip(kept, _softmax(logits[t, kept]), strict=True):
+            expected[t] += weight * experts()(e, x[t].astype(np.float64))
+    expected[unknown] = np.nan
     np.testing.assert_allclose(y, expected, **TOLERANCE)
+    assert plan.dropped > 0
+    for name in ("assigned", "rerouted", "dropped", "empty_tokens"):
+        assert int(getattr(report, name)) == getattr(plan, name), name
+
+
+def _softmax(logits: np.ndarray) -> np.ndarray:
+    """Over the last axis, float64; NaN where a logit is."""
+    powers = np.exp(logits.astype(np.float64))
+    return powers / powers.sum(-1, keepdims=True)
 
 
 def test_flax_layer(rng):
