@@ -190,9 +190,18 @@ class TestChoice:
             assert choose_communication(512, devices, 4) == "psum"
         assert choose_communication(1 << 20, 8, 4) == "all_to_all"
 
-    def test_summing_moves_less_where_each_token_goes_nearly_everywhere(self):
-        assert choose_communication(1 << 20, 2, 4) == "psum"
-        assert choose_communication(1 << 20, 4, 64) == "psum"
+    @pytest.mark.parametrize(("devices", "k"), [(2, 4), (4, 64), (8, 4)])
+    def test_the_exchange_begins_where_it_sends_less(self, devices, k):
+        """In bytes: sums are float32, rows bfloat16; to start the exchange costs 12,000 rows."""
+
+        def saved(tokens):
+            summed = 4 * 2 * (devices - 1) / devices * tokens
+            each = 2 * (devices - 1) * capacity(tokens // devices, devices, k)
+            return summed - 2 * (each + 12_000)
+
+        for tokens in (2**n for n in range(10, 21)):
+            expected = "all_to_all" if saved(tokens) > 0 else "psum"
+            assert choose_communication(tokens, devices, k) == expected
 
     def test_one_device_has_nothing_to_exchange(self):
         assert choose_communication(1 << 20, 1, 4) == "psum"
