@@ -70,7 +70,8 @@ def on_mesh(here: Sharding, algorithm: str = "auto") -> Any:
     function = jax.jit(
         lambda placed, x, ids, weights: moe_jax.fused_experts(
             x, ids, weights, placed, algorithm=algorithm, sharding=here
-        )
+        ),
+        compiler_options={"xla_backend_optimization_level": 0},  # compiling is what takes time
     )
     return functools.partial(function, placed)
 
