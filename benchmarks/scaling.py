@@ -13,7 +13,7 @@ from moe_jax.sharding.communication import capacity, choose_communication
 MXFP4 = 4.25 / 8
 """Bytes a weight: four bits, and a scale byte for each block of 32."""
 
-BFLOAT16 = 2
+BFLOAT16, FLOAT32 = 2, 4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -89,16 +89,29 @@ def distinct(experts: int, chosen: int, tokens: float) -> float:
     return experts * (1 - (1 - chosen / experts) ** tokens)
 
 
-def talking(shape: Shape, split: int, tokens: int, rates: Rates) -> tuple[str, float]:
-    """How rows reach the experts of `split` devices, and the seconds a layer spends on it."""
+def talking(shape: Shape, split: int, expert: int, tokens: int, rates: Rates) -> tuple[str, float]:
+    """How rows reach the experts of `split` devices, and the seconds a layer spends on it.
+
+    To be summed, rows are first gathered over the `expert` devices that split the batch; sums are
+    of float32. After an exchange they are gathered by the devices that split attention, which all
+    want them. A gather is taken to start as fast as a sum.
+    """
     if split == 1:
         return "none", 0.0
     way = choose_communication(tokens, split, shape.chosen)
     row_seconds = shape.hidden * BFLOAT16 / rates.link
+
+    def gathered(devices: int, rows: float) -> float:
+        start = rates.sum_start if devices > 1 else 0.0
+        return start + (devices - 1) / devices * rows * row_seconds
+
     if way == "psum":
-        return way, rates.sum_start + 2 * (split - 1) / split * tokens * row_seconds
+        wide = shape.hidden * FLOAT32 / rates.link
+        summed = rates.sum_start + 2 * (split - 1) / split * tokens * wide
+        return way, gathered(expert, tokens) + summed
     room = capacity(-(-tokens // split), split, shape.chosen)
-    return way, 2 * (rates.swap_start + (split - 1) * room * row_seconds)
+    swapped = 2 * (rates.swap_start + (split - 1) * room * row_seconds)
+    return way, swapped + gathered(split // expert, tokens / expert)
 
 
 def row(shape: Shape, num_devices: int, batch: int, context: int, rates: Rates) -> list[str]:
@@ -114,7 +127,7 @@ def row(shape: Shape, num_devices: int, batch: int, context: int, rates: Rates) 
     held = experts + attention + 2 * table + cache
     share = distinct(shape.experts, shape.chosen, tokens) / shape.experts
     reading = (experts * share + attention + table + cache) / rates.memory
-    way, seconds = talking(shape, split, tokens, rates)
+    way, seconds = talking(shape, split, split // model, tokens, rates)
     heads = rates.sum_start + 2 * (model - 1) / model * rows * shape.hidden * (
         BFLOAT16 / rates.link
     )

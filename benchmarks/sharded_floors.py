@@ -24,6 +24,7 @@ from typing import Any
 from gpt_oss.config import GptOssConfig
 from moe_jax.sharding.communication import capacity, choose_communication
 
+_SUM_BYTES = 4  # of a number while experts' results are summed
 _BITS = 4.25  # of an element of MXFP4, its part of the scale included
 
 
@@ -243,7 +244,8 @@ def _collectives(mesh: _Mesh, step: Step, bytes_per_float: int) -> Iterable[Coll
     if mesh.owners > 1 and choose_communication(grouped, mesh.owners, chosen) == "psum":
         if grouped > here:
             yield Collective("all_gather", grouped // here, grouped * row, layers)
-        yield Collective("psum", mesh.owners, grouped * row, layers)
+        wide = config.hidden_size * max(bytes_per_float, _SUM_BYTES)
+        yield Collective("psum", mesh.owners, grouped * wide, layers)
     elif mesh.owners > 1:
         held = -(-grouped // mesh.owners)
         room = mesh.owners * capacity(held, mesh.owners, chosen)

@@ -23,6 +23,7 @@ from moe_jax.sharding.communication import COMMUNICATIONS, Communication, capaci
 
 KINDS = ("psum", "all_gather", "all_to_all")
 _SETS = 2
+_SUM_WIDTH = 2  # of float32, in which is summed, against bfloat16
 
 
 class Chain:
@@ -190,10 +191,10 @@ def _turns(tokens: int) -> int:
 def start_rows(rows: list[Mapping[str, Any]], devices: int, chosen: int) -> tuple[float, float]:
     """What starting an exchange costs, in rows that are sent meanwhile, as the layers say.
 
-    The choice goes by 2 (n - 1) / n rows a token for `psum`, and 2 (n - 1) times the capacity for
-    `all_to_all`, and this number. It is at least the first returned, at which the largest number of
-    tokens with `psum` ahead is, and at most the second, of the least above it with `all_to_all`
-    ahead; infinite where there is none.
+    The choice goes by 4 (n - 1) / n rows a token for `psum`, which sums in float32, and 2 (n - 1)
+    times the capacity for `all_to_all`, and this number. It is at least the first returned, at
+    which the largest number of tokens with `psum` ahead is, and at most the second, of the least
+    above it with `all_to_all` ahead; infinite where there is none.
     """
     times: dict[int, dict[str, float]] = {}
     for row in rows:
@@ -210,4 +211,4 @@ def start_rows(rows: list[Mapping[str, Any]], devices: int, chosen: int) -> tupl
 def _rows_saved(tokens: int, *, devices: int, chosen: int) -> float:
     """How many rows fewer a device sends in an exchange than in a sum."""
     each = -(-tokens // devices)
-    return 2 * (devices - 1) * (tokens / devices - capacity(each, devices, chosen))
+    return 2 * (devices - 1) * (_SUM_WIDTH * tokens / devices - capacity(each, devices, chosen))

@@ -27,7 +27,7 @@ from moe_jax.quantization import tile_mxfp4 as tile_mxfp4
 from moe_jax.routing import Router as Router
 from moe_jax.routing import Routing as Routing
 from moe_jax.routing import route as route
-from moe_jax.sharding import RULES as RULES
+from moe_jax.sharding import SHARDING_RULES as SHARDING_RULES
 from moe_jax.sharding import Sharding as Sharding
 from moe_jax.sharding import choose_communication as choose_communication
 from moe_jax.sharding import make_mesh as make_mesh

@@ -7,6 +7,7 @@ result is of the same kind as `x`.
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -14,7 +15,7 @@ import jax.numpy as jnp
 
 from moe_jax import dispatch
 from moe_jax.call import Call
-from moe_jax.dispatch import Overflow, check_dispatch
+from moe_jax.dispatch import BudgetPlan, DispatchReport, Overflow, check_dispatch
 from moe_jax.experts.base import check_experts
 from moe_jax.kernels.expert_mlp.api import Logits, expert_mlp, is_supported
 from moe_jax.routing import (
@@ -77,29 +78,28 @@ def mixture_of_experts(
         with_report: whether to return a `DispatchReport` as well.
         sharding: the devices over which the experts are spread; None for one, or inside
             `jax.shard_map`. `algorithm` is then what each device does with its own experts, and
-            `auto` chooses by their number.
+            `auto` chooses by their number. Only `fixed_budget` is for all of them together: who
+            takes which token is settled for all tokens and experts, and then each device computes
+            its own pairs by an algorithm that `auto` chooses.
 
     Returns:
         {..., d} with the dtype of `x`, or that and the report.
 
     Raises:
-        ValueError: axes or sizes do not fit, or an option is unknown or contradicts another.
-        TypeError: a dtype is wrong.
+        ValueError: axes or sizes do not fit, an option is unknown or contradicts another, or the
+            experts cannot be split evenly over the devices.
+        TypeError: a dtype is wrong, or `sharding` is not a `Sharding`.
     """
     router = _router(normalization)
     check_dispatch(algorithm, tokens_per_expert_ratio, overflow)
     layer = Call.of(experts, x, gating, "expert", token_mask)
-    logits, mask = layer.per_token, layer.mask
-    num_experts = logits.size("expert")
+    logits, num_experts = layer.per_token, layer.per_token.size("expert")
     check_experts_per_token(experts_per_token, num_experts)
     check_groups(router, experts_per_token, num_experts)
     check_experts(layer.experts, num_experts)
-    if selection_bias is not None:
-        if not is_tagged(selection_bias):
-            selection_bias = tag(selection_bias, "expert")
-        check_expert_axis("selection_bias", selection_bias, num_experts)
     if not jnp.issubdtype(logits.dtype, jnp.floating):
         raise TypeError(f"gating must be floats, got {logits.dtype}")
+    bias = _selection_bias(selection_bias, num_experts)
     name = _algorithm(
         algorithm, layer.num_tokens, num_experts, experts_per_token, tokens_per_expert_ratio
     )
@@ -115,22 +115,12 @@ def mixture_of_experts(
             budget,
             router,
             overflow=overflow,
-            selection_bias=selection_bias,
-            token_mask=mask,
+            selection_bias=bias,
+            token_mask=layer.mask,
         )
-        if sharding is None:
-            y = dispatch.fixed_budget(layer.experts, layer.x, logits, plan, router)
-        else:
-            y = dispatch.with_unknown(compute(dispatch.kept_pairs(logits, plan, router)), logits)
-        report = plan.report
+        y, report = _planned(layer, plan, router, None if sharding is None else compute)
     else:
-        routing = route(
-            logits, experts_per_token, router, selection_bias=selection_bias, token_mask=mask
-        )
-        is_default = router == Router() and selection_bias is None
-        unrouted = Logits(logits, mask, experts_per_token) if is_default else None
-        y = compute(routing, unrouted)
-        report = dispatch.exact_report(routing, num_experts, mask)
+        y, report = _exact(layer, experts_per_token, router, bias, compute)
     y = layer.restore(y)
     return (y, report) if with_report else y
 
@@ -163,8 +153,9 @@ def fused_experts(
         {..., d} with the dtype of `hidden_states`.
 
     Raises:
-        ValueError: axes or sizes do not fit, or the experts hold no arrays.
-        TypeError: ids are not integers, or scores not floats.
+        ValueError: axes or sizes do not fit, the experts hold no arrays, or cannot be split evenly
+            over the devices.
+        TypeError: ids are not integers, scores not floats, or `sharding` is not a `Sharding`.
     """
     if algorithm == "fixed_budget":
         raise ValueError(
@@ -209,6 +200,41 @@ def _algorithm(
     if choice == "auto":
         return dispatch.choose_algorithm(num_tokens, num_experts, experts_per_token, ratio)
     return choice
+
+
+def _selection_bias(bias: Any, num_experts: int) -> Tagged | None:
+    """{expert}, named if it was not."""
+    if bias is None:
+        return None
+    named = bias if is_tagged(bias) else tag(bias, "expert")
+    check_expert_axis("selection_bias", named, num_experts)
+    return named
+
+
+def _planned(
+    layer: Call, plan: BudgetPlan, router: Router, compute: Callable[[Routing], Tagged] | None
+) -> tuple[Tagged, DispatchReport]:
+    """What a plan makes of the rows: slot by slot or, given `compute`, pair by pair."""
+    logits = layer.per_token
+    if compute is None:
+        return dispatch.fixed_budget(layer.experts, layer.x, logits, plan, router), plan.report
+    y = compute(dispatch.kept_pairs(logits, plan, router))
+    return dispatch.with_unknown(y, logits), plan.report
+
+
+def _exact(
+    layer: Call,
+    experts_per_token: int,
+    router: Router,
+    bias: Tagged | None,
+    compute: Callable[[Routing, Logits | None], Tagged],
+) -> tuple[Tagged, DispatchReport]:
+    """Routes, and computes every pair."""
+    logits, mask = layer.per_token, layer.mask
+    routing = route(logits, experts_per_token, router, selection_bias=bias, token_mask=mask)
+    is_default = router == Router() and bias is None
+    y = compute(routing, Logits(logits, mask, experts_per_token) if is_default else None)
+    return y, dispatch.exact_report(routing, logits.size("expert"), mask)
 
 
 def _compute(

@@ -20,7 +20,7 @@ then raises; `vmap` and `scan` of `moe_jax.transforms` remove and restore the na
 import dataclasses
 import math
 import operator
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any, Self
 
 import jax
@@ -29,7 +29,7 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-type Rules = Mapping[str, str | tuple[str, ...] | None]
+from moe_jax.rules import Rules, check_divisible
 
 
 @jax.tree_util.register_dataclass
@@ -235,24 +235,10 @@ class Tagged:
     def partition(self, mesh: Mesh, rules: Rules) -> Self:
         """Places the array, or constrains it inside jit, as `rules` say.
 
-        Raises ValueError where a mesh axis does not divide the array's axis.
+        Raises ValueError where mesh axes do not divide the array's axis, or are not the mesh's.
         """
         for axis, size in self.sizes.items():
-            target = rules.get(axis)
-            names = (target,) if isinstance(target, str) else target or ()
-            shards = 1
-            for name in names:
-                if name not in mesh.shape:
-                    raise ValueError(
-                        f"the rules send axis {axis!r} to mesh axis {name!r}, "
-                        f"the mesh has {tuple(mesh.shape)}"
-                    )
-                shards *= mesh.shape[name]
-            if size % shards:
-                raise ValueError(
-                    f"axis {axis!r} of size {size} cannot be split over {shards} devices of "
-                    f"mesh axis {target!r}: choose a mesh whose size divides it"
-                )
+            check_divisible(str(self), axis, size, mesh, rules)
         sharding = NamedSharding(mesh, self.spec(rules))
         return dataclasses.replace(self, array=lax.with_sharding_constraint(self.array, sharding))
 

@@ -136,13 +136,14 @@ class TestFloors:
         routers = 24 * 32 * 2880 * 2
         assert four.bytes - routers == pytest.approx((one.bytes - routers) / 4)
         assert four.operations == pytest.approx(one.operations / 4)
-        sums = Collective("psum", 4, 8 * 2880 * 2, 24)
-        assert four.collectives == (sums, sums)
+        attention = Collective("psum", 4, 8 * 2880 * 2, 24)
+        experts = Collective("psum", 4, 8 * 2880 * 4, 24)
+        assert four.collectives == (attention, experts)
 
     def test_a_split_batch_is_gathered_for_the_experts(self):
         found = sharded_floors.floors(GPT_OSS_20B, {"expert": 4}, Step(8, 1, 1023))
         row = 8 * 2880 * 2
-        expected = Collective("all_gather", 4, row, 24), Collective("psum", 4, row, 24)
+        expected = Collective("all_gather", 4, row, 24), Collective("psum", 4, 2 * row, 24)
         assert found.collectives == expected
 
     def test_copies_of_everything_send_nothing(self):
@@ -182,7 +183,7 @@ def test_start_of_an_exchange_in_rows():
         for form, us in zip(("psum", "all_to_all"), pair, strict=True)
     ]
     low, high = sharded_parts.start_rows(rows, 4, 4)
-    assert (low, high) == (6 * (2048 - 1752), 6 * (8192 - 7008))
+    assert (low, high) == (6 * (2 * 2048 - 1752), 6 * (2 * 8192 - 7008))
     assert sharded_parts.start_rows(rows[:2], 4, 4)[1] == float("inf")
 
 

@@ -1,94 +1,56 @@
 """The layer on meshes: what one device would compute, whoever has the experts."""
 
 import dataclasses
-import functools
-import math
+import itertools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from core_oracle import TinyExperts, combine, f32, ratio_for, route
+from core_oracle import TinyExperts, combine, expert_choice, f32, route
 from expert_mlp_oracle import Layer
 from flax import nnx
+from sharding_cases import (
+    ALGORITHMS,
+    CHOSEN,
+    COMMUNICATIONS,
+    EXPERTS,
+    HIDDEN,
+    TOLERANCE,
+    BareAffine,
+    Case,
+    call,
+    cases,
+    experts,
+    on_mesh,
+    rounds,
+)
 from sharding_tools import MESHES, sharding
 
 import moe_jax
 from moe_jax import Router, Sharding, tag
-from moe_jax.sharding.communication import capacity
+from moe_jax.dispatch import token_budget
 
-TOKENS, EXPERTS, CHOSEN, HIDDEN = 301, 8, 2, 5
-COMMUNICATIONS = ["psum", "all_to_all"]
-TOLERANCE = {"rtol": 5e-5, "atol": 5e-5}
-
-
-@dataclasses.dataclass(frozen=True)
-class Case:
-    """A routing ids and weights [tokens, k] of rows x [tokens, d], and what comes of it."""
-
-    x: np.ndarray
-    ids: np.ndarray
-    weights: np.ndarray
-    expected: np.ndarray
+PAIRS = [
+    (sizes, algorithm, COMMUNICATIONS[(m + a) % 2])
+    for m, sizes in enumerate(MESHES)
+    for a, algorithm in enumerate(ALGORITHMS)
+]
+"""Of meshes, algorithms and ways rows travel, each two that can meet."""
 
 
-def _routings(rng: np.random.Generator) -> dict[str, np.ndarray]:
-    shape = TOKENS, CHOSEN
-    even = rng.integers(0, EXPERTS, shape)
-    return {
-        "even": even,
-        "the_first_device_gets_all": np.zeros(shape, np.int64),
-        "the_last_device_gets_all": np.full(shape, EXPERTS - 1),
-        "some_experts_get_none": rng.choice([1, 6], shape),
-        "ids_of_no_expert": np.where(rng.random(shape) < 0.5, rng.choice([-1, 8, 99], shape), even),
-        "no_pairs_at_all": np.full(shape, EXPERTS),
-    }
+def test_pairs_are_complete():
+    for one, other in itertools.combinations(range(3), 2):
+        found = {(case[one], case[other]) for case in PAIRS}
+        values = ({case[axis] for case in PAIRS} for axis in (one, other))
+        assert found == set(itertools.product(*values))
 
 
-@functools.cache
-def experts() -> TinyExperts:
-    return TinyExperts.random(np.random.default_rng(7), EXPERTS, HIDDEN, 7)
-
-
-@functools.cache
-def cases() -> dict[str, Case]:
-    rng = np.random.default_rng(11)
-    x = rng.normal(size=(TOKENS, HIDDEN)).astype(np.float32)
-    weights = rng.normal(size=(TOKENS, CHOSEN)).astype(np.float32)
-
-    def case(ids: np.ndarray, x: np.ndarray = x) -> Case:
-        known = np.where(ids < EXPERTS, ids, -1)
-        return Case(x, ids, weights, combine(x, known, weights, experts()))
-
-    found = {name: case(ids) for name, ids in _routings(rng).items()}
-    bad = x.copy()
-    bad[[0, 17, 300]] = np.nan
-    found["rows_of_nan"] = case(found["even"].ids, bad)
-    return found
-
-
-def on_mesh(here: Sharding, algorithm: str = "auto") -> Any:
-    placed = here.place(experts().ours())
-    function = jax.jit(
-        lambda placed, x, ids, weights: moe_jax.fused_experts(
-            x, ids, weights, placed, algorithm=algorithm, sharding=here
-        )
-    )
-    return functools.partial(function, placed)
-
-
-def call(function: Any, case: Case) -> np.ndarray:
-    pairs = "s", "top_expert"
-    ids = tag(jnp.asarray(case.ids, jnp.int32), *pairs)
-    return np.asarray(function(f32(case.x, "s", "d"), ids, f32(case.weights, *pairs)).array)
-
-
-@pytest.mark.parametrize("communication", COMMUNICATIONS)
-@pytest.mark.parametrize("sizes", MESHES, ids=str)
-def test_every_mesh(sizes, communication):
+@pytest.mark.parametrize(("sizes", "algorithm", "communication"), PAIRS, ids=str)
+def test_every_mesh(sizes, algorithm, communication):
     """Tokens do not divide the mesh; whatever the routing, each pair counts once."""
-    function = on_mesh(sharding(sizes, communication=communication))
+    function = on_mesh(sharding(sizes, communication=communication), algorithm)
     for name, case in cases().items():
         np.testing.assert_allclose(call(function, case), case.expected, **TOLERANCE, err_msg=name)
 
@@ -96,17 +58,7 @@ def test_every_mesh(sizes, communication):
 @pytest.mark.parametrize("sizes", [s for s in MESHES if s[1] * s[2] > max(1, s[0] // 2)], ids=str)
 def test_the_cases_overflow(sizes):
     """Otherwise the test above would not see the rounds after the first on most meshes."""
-    devices, each = sizes[1] * sizes[2], -(-TOKENS // math.prod(sizes))
-    assert each > capacity(each, devices, CHOSEN)
-
-
-@pytest.mark.parametrize("algorithm", ["per_token", "dense", "grouped"])
-@pytest.mark.parametrize("communication", COMMUNICATIONS)
-def test_every_algorithm(algorithm, communication):
-    function = on_mesh(sharding((1, 2, 2), communication=communication), algorithm)
-    for name in ("even", "the_first_device_gets_all", "rows_of_nan"):
-        case = cases()[name]
-        np.testing.assert_allclose(call(function, case), case.expected, **TOLERANCE, err_msg=name)
+    assert max(rounds(case.ids, sizes) for case in cases().values()) > 1
 
 
 @pytest.mark.parametrize("tokens", [0, 1, 2, 7, 8, 9])
@@ -121,7 +73,9 @@ def test_few_tokens(tokens, communication):
 @pytest.mark.parametrize("communication", COMMUNICATIONS)
 def test_gradients(communication, rng):
     """Of experts, rows and weights, along one direction; with rounds after the first."""
-    case, direction = cases()["some_experts_get_none"], TinyExperts.random(rng, EXPERTS, HIDDEN, 7)
+    case, sizes = cases()["some_experts_get_none"], (2, 2, 2)
+    assert rounds(case.ids, sizes) > 1
+    direction = TinyExperts.random(rng, EXPERTS, HIDDEN, 7)
     along_x, along_w, along_y = (
         rng.normal(size=a.shape).astype(np.float32) for a in (case.x, case.weights, case.x)
     )
@@ -134,7 +88,7 @@ def test_gradients(communication, rng):
         weights = case.weights.astype(np.float64) + step * along_w
         return float((combine(x, case.ids, weights, moved) * along_y).sum())
 
-    here = sharding((2, 2, 2), communication=communication)
+    here = sharding(sizes, communication=communication)
     pairs = "s", "top_expert"
     ids = tag(jnp.asarray(case.ids, jnp.int32), *pairs)
 
@@ -203,26 +157,46 @@ def test_routing_on_a_mesh(rng, algorithm, sizes):
 @pytest.mark.parametrize("communication", COMMUNICATIONS)
 @pytest.mark.parametrize("overflow", ["reroute", "drop"])
 def test_fixed_budget_on_a_mesh(rng, overflow, communication):
-    """The same as on one device, whose results have tests of their own; NaN logits too."""
-    logits = rng.normal(size=(65, EXPERTS)).astype(np.float32)
+    """A token with a logit that is NaN ranks that expert first and goes last; it gets NaN."""
+    tokens, unknown = 65, 13
+    logits = rng.normal(size=(tokens, EXPERTS)).astype(np.float32)
     logits[:, 2] += 2
-    logits[13, 4] = np.nan
-    x = rng.normal(size=(65, HIDDEN)).astype(np.float32)
+    logits[unknown, 4] = np.nan
+    x = rng.normal(size=(tokens, HIDDEN)).astype(np.float32)
     here = sharding((2, 4, 1), communication=communication)
-    layer = functools.partial(
-        moe_jax.mixture_of_experts,
-        x=jnp.asarray(x),
-        gating=jnp.asarray(logits),
-        experts_per_token=CHOSEN,
-        tokens_per_expert_ratio=ratio_for("fixed_budget", 1.0),
-        algorithm="fixed_budget",
-        overflow=overflow,
-        with_report=True,
-    )
-    y, report = jax.jit(functools.partial(layer, sharding=here))(here.place(experts().ours()))
-    expected, same = jax.jit(layer)(experts().ours())
-    assert report == same and int(report.dropped) > 0
+    y, report = jax.jit(
+        lambda e: moe_jax.mixture_of_experts(
+            e,
+            jnp.asarray(x),
+            jnp.asarray(logits),
+            experts_per_token=CHOSEN,
+            tokens_per_expert_ratio=1.0,
+            algorithm="fixed_budget",
+            overflow=overflow,
+            with_report=True,
+            sharding=here,
+        )
+    )(here.place(experts().ours()))
+
+    ranked = np.where(np.isnan(logits), np.inf, logits)
+    priority = np.where(np.arange(tokens)[:, None] == unknown, -np.inf, _softmax(logits))
+    budget = token_budget(tokens, EXPERTS, CHOSEN, 1.0)
+    plan = expert_choice(ranked, priority, CHOSEN, budget, overflow)
+    expected = np.zeros(x.shape)
+    for t, kept in enumerate(plan.kept):
+        for e, weight in zip(kept, _softmax(logits[t, kept]), strict=True):
+            expected[t] += weight * experts()(e, x[t].astype(np.float64))
+    expected[unknown] = np.nan
     np.testing.assert_allclose(y, expected, **TOLERANCE)
+    assert plan.dropped > 0
+    for name in ("assigned", "rerouted", "dropped", "empty_tokens"):
+        assert int(getattr(report, name)) == getattr(plan, name), name
+
+
+def _softmax(logits: np.ndarray) -> np.ndarray:
+    """Over the last axis, float64; NaN where a logit is."""
+    powers = np.exp(logits.astype(np.float64))
+    return powers / powers.sum(-1, keepdims=True)
 
 
 def test_flax_layer(rng):
@@ -238,18 +212,6 @@ def test_flax_layer(rng):
     ids, weights = route(x.astype(np.float64) @ weight.T.astype(np.float64), 3, Router())
     y = nnx.jit(lambda layer, x: layer(x))(layer, jnp.asarray(x))
     np.testing.assert_allclose(y, combine(x, ids, weights, experts()), **TOLERANCE)
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True)
-class BareAffine:
-    """An expert that users bring: bare leaves [expert, d]."""
-
-    scale: jax.Array
-    shift: jax.Array
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        return x * self.scale[None] + self.shift[None]
 
 
 @pytest.mark.parametrize("communication", COMMUNICATIONS)
@@ -280,37 +242,6 @@ def test_experts_on_every_device_split_rows_only():
     here = Sharding(mesh, {"b": "data"}, communication="psum")
     case = cases()["even"]
     np.testing.assert_allclose(call(on_mesh(here), case), case.expected, **TOLERANCE)
-
-
-@pytest.mark.parametrize(
-    "communication, expected",
-    [("psum", {"all-reduce": 1}), ("all_to_all", {"all-to-all": 6, "all-reduce": 1})],
-)
-def test_only_rows_travel(communication, expected):
-    """No collective moves weights; the all-reduce of the exchange agrees on further rounds.
-
-    A round starts three: rows, and ids with weights, go out, and rows come back. The first round
-    and the loop of further ones are there once each.
-    """
-    here = sharding((1, 8, 1), communication=communication)
-    case, pairs, whole = cases()["even"], ("s", "top_expert"), 296
-    args = (
-        here.place(experts().ours()),
-        f32(case.x[:whole], "s", "d"),
-        tag(jnp.asarray(case.ids[:whole], jnp.int32), *pairs),
-        f32(case.weights[:whole], *pairs),
-    )
-    function = jax.jit(
-        lambda e, x, ids, w: moe_jax.fused_experts(x, ids, w, e, sharding=here),
-        out_shardings=jax.NamedSharding(here.mesh, jax.P()) if communication == "psum" else None,
-    )
-    text = function.lower(*args).compile().as_text()
-    found = {
-        name: count
-        for name in ("all-reduce", "all-to-all", "all-gather", "collective-permute")
-        if (count := text.count(f" {name}(") + text.count(f" {name}-start("))
-    }
-    assert found == expected
 
 
 def test_experts_that_do_not_split():

@@ -1,6 +1,9 @@
 """Meshes, the rules by which arrays lie on them, and the choice of communication."""
 
+import copy
 import math
+import pickle
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -78,6 +81,41 @@ class TestSharding:
         assert first == second and hash(first) == hash(second)
         assert first != Sharding(first.mesh, {"expert": "expert"})
 
+    def test_rules_are_a_copy(self):
+        """Otherwise a change would go unnoticed by what is compiled already."""
+        rules: dict[str, Any] = {"expert": ["expert", "model"], "b": None}
+        here = sharding((1, 4, 2), rules=rules)
+        before = hash(here)
+        rules["expert"] = "data"
+        assert here.axes("expert") == ("expert", "model") and hash(here) == before
+        assert here.rules == {"b": None, "expert": ("expert", "model")}
+
+    @pytest.mark.parametrize("copied", [copy.deepcopy, lambda v: pickle.loads(pickle.dumps(v))])
+    def test_rules_can_be_copied_and_pickled(self, copied):
+        rules = sharding((1, 4, 2), rules={"expert": ("expert", "model"), "b": None}).rules
+        again = copied(rules)
+        assert again == rules and hash(again) == hash(rules) and type(again) is type(rules)
+        assert copied(moe_jax.SHARDING_RULES) == moe_jax.SHARDING_RULES
+
+    def test_a_copy_compiles_nothing_new(self):
+        here = sharding((1, 4, 2))
+        again = copy.deepcopy(here)
+        assert again == here and hash(again) == hash(here)
+
+    def test_the_hash_tells_rules_apart(self):
+        """In whatever order they are."""
+        one, other = {"b": "data", "expert": "model"}, {"expert": "model", "b": "data"}
+        first, second = (sharding((1, 4, 2), rules=rules) for rules in (one, other))
+        assert first == second and hash(first) == hash(second)
+        assert hash(first) != hash(sharding((1, 4, 2), rules={"b": "data"}))
+
+    @pytest.mark.parametrize(
+        "rules", [None, "expert", {"expert": 3}, {"expert": ("model", 3)}], ids=str
+    )
+    def test_rules_of_another_type(self, rules):
+        with pytest.raises(TypeError, match="rules must map|rule of axis 'expert' must be"):
+            sharding((1, 4, 2), rules=rules)
+
     def test_all_parts_of_experts_follow_one_rule(self, rng):
         """Blocks, scales, tiles and biases are split by experts, whatever else they are."""
         packed, _ = random_mxfp4(rng, 4, 16, 2)
@@ -140,7 +178,8 @@ class TestSharding:
 
     def test_constrain_splits_the_vocabulary_before_the_batch(self):
         x = tag(jnp.zeros((8, 20)), "b", "voc")
-        where = jax.jit(sharding((2, 2, 2)).constrain)(x).array.sharding
+        rules = {"b": ("data", "expert"), "voc": ("expert", "model")}
+        where = jax.jit(sharding((2, 2, 2), rules=rules).constrain)(x).array.sharding
         assert where.shard_shape(x.shape) == (4, 5)
 
 
@@ -151,9 +190,18 @@ class TestChoice:
             assert choose_communication(512, devices, 4) == "psum"
         assert choose_communication(1 << 20, 8, 4) == "all_to_all"
 
-    def test_summing_moves_less_where_each_token_goes_nearly_everywhere(self):
-        assert choose_communication(1 << 20, 2, 4) == "psum"
-        assert choose_communication(1 << 20, 4, 64) == "psum"
+    @pytest.mark.parametrize(("devices", "k"), [(2, 4), (4, 64), (8, 4)])
+    def test_the_exchange_begins_where_it_sends_less(self, devices, k):
+        """In bytes: sums are float32, rows bfloat16; to start the exchange costs 12,000 rows."""
+
+        def saved(tokens):
+            summed = 4 * 2 * (devices - 1) / devices * tokens
+            each = 2 * (devices - 1) * capacity(tokens // devices, devices, k)
+            return summed - 2 * (each + 12_000)
+
+        for tokens in (2**n for n in range(10, 21)):
+            expected = "all_to_all" if saved(tokens) > 0 else "psum"
+            assert choose_communication(tokens, devices, k) == expected
 
     def test_one_device_has_nothing_to_exchange(self):
         assert choose_communication(1 << 20, 1, 4) == "psum"

@@ -1,7 +1,7 @@
 """The devices that a model is spread over: which meshes fit it, and which is best.
 
 Attention is split by heads over the axis `model`. Experts and the vocabulary are split over
-`expert` and `model` together, the batch over `data`. See `moe_jax.RULES`.
+`expert` and `model` together, the batch over `data` and, outside of the experts, over `expert`.
 """
 
 import math
@@ -13,20 +13,37 @@ import jax
 from gpt_oss.config import GptOssConfig
 from gpt_oss.errors import UserError
 from gpt_oss.flags import MESH_AXES
-from gpt_oss.layout import parameter_specs
-from gpt_oss.model import Parameters
-from moe_jax.sharding import Sharding, make_mesh
-from moe_jax.sharding.mesh import divisors
+from moe_jax.rules import FrozenRules, Rules, divisors, listed
+from moe_jax.sharding import SHARDING_RULES, Sharding, make_mesh
+
+RULES: Rules = FrozenRules(
+    {
+        **SHARDING_RULES,
+        "voc": ("expert", "model"),
+        **dict.fromkeys(("h", "kv", "h_hd", "kv_hd"), "model"),
+    }
+)
+"""Those of the layer, and those of the vocabulary and of heads, alone or merged with their size."""
 
 
 def choose_sizes(config: GptOssConfig, num_devices: int) -> dict[str, int]:
-    """The sizes of the mesh axes for so many devices.
+    """The sizes of the mesh axes that split a model's weights over all of so many devices.
 
-    Weights are spread as far as they can be, so that each device reads as little as possible, and
-    attention over as many of the devices as its key/value heads allow.
+    Attention is spread over as many of the devices as its key/value heads allow.
+
+    Raises:
+        UserError: experts or vocabulary cannot be split so; says which numbers would do.
     """
     fitting = [sizes for sizes in _meshes(num_devices) if fault(config, sizes) is None]
-    return min(fitting, key=lambda sizes: (sizes["data"], -sizes["model"]))
+    best = min(fitting, key=lambda sizes: (sizes["data"], -sizes["model"]))
+    if best["data"] > 1:
+        counts = divisors(math.gcd(config.num_experts, config.vocab_size))
+        raise UserError(
+            f"{config.num_experts} experts and a vocabulary of {config.vocab_size} cannot be split "
+            f"over {num_devices} devices: {listed(counts)} would do, or --mesh {describe(best)}, "
+            f"which holds the model {best['data']} times"
+        )
+    return best
 
 
 def fault(config: GptOssConfig, sizes: dict[str, int]) -> str | None:
@@ -35,7 +52,7 @@ def fault(config: GptOssConfig, sizes: dict[str, int]) -> str | None:
     if heads % model:
         return (
             f"mesh axis 'model' of size {model} does not divide {heads} key/value heads: "
-            f"{_listed(heads)} would do"
+            f"{listed(divisors(heads))} would do"
         )
     parts = sizes["expert"] * model
     for what, count in (("experts", config.num_experts), ("vocabulary", config.vocab_size)):
@@ -43,7 +60,7 @@ def fault(config: GptOssConfig, sizes: dict[str, int]) -> str | None:
             size = math.gcd(config.num_experts, config.vocab_size)
             return (
                 f"mesh axes 'expert' and 'model' of sizes {sizes['expert']} and {model} do not "
-                f"divide the {what} of {count}: a product of {_listed(size)} would do"
+                f"divide the {what} of {count}: a product of {listed(divisors(size))} would do"
             )
     return None
 
@@ -76,7 +93,7 @@ def sharding_for(
     found = fault(config, sizes)
     if found is not None:
         raise UserError(found)
-    return Sharding(make_mesh(**sizes, devices=jax.devices()[:needed]))
+    return Sharding(make_mesh(**sizes, devices=jax.devices()[:needed]), RULES)
 
 
 def describe(sizes: Any) -> str:
@@ -84,23 +101,7 @@ def describe(sizes: Any) -> str:
     return ",".join(f"{axis}={size}" for axis, size in sizes.items())
 
 
-def placed(parameters: Parameters, config: GptOssConfig, sharding: Sharding) -> Parameters:
-    """`parameters`, put on the devices that they belong to."""
-    specs = parameter_specs(config)
-
-    def parameter(name: str) -> Any:
-        value = parameters(name)
-        whole = Sharding(sharding.mesh, {})
-        return (whole if specs[name].is_whole else sharding).place(value)
-
-    return parameter
-
-
 def _meshes(num_devices: int) -> Iterator[dict[str, int]]:
     for data in divisors(num_devices):
         for model in divisors(num_devices // data):
             yield {"data": data, "expert": num_devices // data // model, "model": model}
-
-
-def _listed(number: int) -> str:
-    return ", ".join(map(str, divisors(number)))

@@ -1,14 +1,14 @@
 """Several processes that run one model together, each with devices of its own.
 
 All processes run the same command and must take the same decisions, since each starts its part of
-every program. The first one decides where the clock or chance would, and is the only one that
-prints.
+every program, see `gpt_oss.agreement`. The first one is the only one that prints.
 """
 
 import argparse
 import atexit
 import contextlib
 import os
+import re
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -21,6 +21,13 @@ AUTO = "auto"
 _HEARTBEAT_SECONDS = 20
 _SHUTDOWN_SECONDS = 10
 _JOIN_SECONDS = 120
+
+_LOST = re.compile(
+    r"^\s*(UNAVAILABLE|DEADLINE_EXCEEDED|ABORTED|CANCELLED)\b|gloo|nccl|coordination service"
+    r"|heartbeat|connection (closed|reset|refused)|socket closed",
+    re.IGNORECASE,
+)
+"""How errors of the distributed runtime and of collectives read when a process has gone."""
 
 
 @contextlib.contextmanager
@@ -45,27 +52,30 @@ def joined(arguments: argparse.Namespace) -> Iterator[None]:
                 silence.enter_context(contextlib.redirect_stdout(nowhere))
                 silence.enter_context(contextlib.redirect_stderr(nowhere))
             yield
-    except Exception as error:
+    except BaseException as error:
         # at exit JAX would wait for the others, who may be waiting for this one
-        atexit.register(os._exit, 1)
-        if isinstance(error, jax.errors.JaxRuntimeError) and "EXHAUSTED" not in str(error):
+        atexit.register(_leave, _exit_code(error))
+        if isinstance(error, jax.errors.JaxRuntimeError) and _LOST.search(str(error)):
             reason = " ".join(str(error).split())
             raise UserError(f"this or another process was lost: {reason:.300}") from None
         raise
 
 
-def agreed(number: int) -> int:
-    """The number, below 2**63, that the first process has."""
-    import jax
+def _exit_code(error: BaseException) -> int:
+    """What generate.py, or Python, ends with after an error."""
+    if isinstance(error, SystemExit):
+        return error.code if isinstance(error.code, int) else int(error.code is not None)
+    if isinstance(error, KeyboardInterrupt):
+        return 130
+    return 0 if isinstance(error, BrokenPipeError) else 1
 
-    if jax.process_count() == 1:
-        return number
-    import numpy as np
-    from jax.experimental import multihost_utils
 
-    halves = np.asarray([number >> 32, number & 0xFFFFFFFF], np.uint32)
-    high, low = (int(half) for half in multihost_utils.broadcast_one_to_all(halves))
-    return high << 32 | low
+def _leave(code: int) -> None:
+    """Ends the process without waiting for others; what was printed is written first."""
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError):
+            stream.flush()
+    os._exit(code)
 
 
 def _join(arguments: argparse.Namespace) -> None:

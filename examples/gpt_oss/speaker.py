@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 
+from gpt_oss.agreement import agreed, check_same, common
 from gpt_oss.config import GptOssConfig
 from gpt_oss.errors import UserError
 from gpt_oss.flags import SEEDS
@@ -22,7 +23,6 @@ from gpt_oss.interrupts import Interrupts
 from gpt_oss.mesh import describe, sharding_for
 from gpt_oss.output import JsonOutput, Output, TextOutput, printable, report
 from gpt_oss.pretrained import Pretrained, load
-from gpt_oss.processes import agreed
 from gpt_oss.sampling import Sampler
 from gpt_oss.session import ChatSession, Options, Reply, TextSession
 from gpt_oss.source import Source
@@ -120,10 +120,17 @@ class Speaker:
 
 
 def load_speaker(arguments: argparse.Namespace, source: Source, started: float) -> Speaker:
-    """Loads the model as the flags say; `started` is when that began, by `time.perf_counter`."""
+    """Loads the model as the flags say; `started` is when that began, by `time.perf_counter`.
+
+    Raises:
+        UserError: other processes were started with something else, or it cannot be done.
+        ConfigError, CheckpointError: the model's files are missing or damaged.
+    """
     device = _device()
     if arguments.compile_cache is not None:
         _keep_compiled(arguments.compile_cache)
+    if jax.process_count() > 1:
+        check_same(common(arguments, source))
     sharding = _sharding(arguments, source)
     model = load(
         source,
@@ -223,8 +230,9 @@ def _ask() -> str | None:
 
 
 def _new_chat(model: Pretrained, arguments: argparse.Namespace) -> ChatSession:
+    today = datetime.date.fromordinal(agreed(datetime.date.today().toordinal()))
     system = SystemConfig(
-        current_date=datetime.date.today().isoformat(),
+        current_date=today.isoformat(),
         reasoning_effort=arguments.reasoning or "medium",
     )
     return model.chat(system=system, developer=arguments.developer)

@@ -18,7 +18,7 @@ import jax
 
 from moe_jax.kernels.lowering import cuda_capability
 
-_TYPES = {"int32": "i32", "float32": "fp32", "bfloat16": "bf16"}
+_TYPES = {"int32": "i32", "float32": "fp32", "float16": "fp16", "bfloat16": "bf16"}
 _ALIGNMENT = 16
 """Bytes that arrays are aligned to; XLA aligns them to more."""
 
@@ -66,7 +66,7 @@ def gluon_call(
         A pytree of arrays like `out_type`. What the kernel does not write is not defined.
 
     Raises:
-        TypeError: the kernel has other parameters; an array's dtype is none of i32, f32, bf16.
+        TypeError: the kernel has other parameters; an array's dtype is none of i32, f32, f16, bf16.
     """
     results, treedef = jax.tree.flatten(out_type)
     operands = (*arguments, *results)

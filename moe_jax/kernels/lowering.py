@@ -142,9 +142,17 @@ def cuda_capability() -> int:
     Call it only while lowering for CUDA.
 
     Raises:
-        ValueError: the process has GPUs of different capabilities.
+        ValueError: the process has no GPU, or GPUs of different capabilities.
     """
-    found = _capabilities()
+    try:
+        found = _capabilities()
+    except RuntimeError:  # JAX has no such backend
+        found = []
+    if not found:
+        raise ValueError(
+            "kernels are lowered for the GPUs of the process, which has none: lower where they "
+            "are, or use implementation='xla'"
+        )
     if len(found) > 1:
         raise ValueError(
             f"kernels are lowered for GPUs of one compute capability, this process has {found}: "
@@ -162,7 +170,7 @@ def _capabilities() -> list[int]:
 def _has_new_gpus(name: str, implementation: str | None) -> bool:
     """Whether the kernel runs on this process's GPUs. Raises ValueError where it must and cannot.
 
-    A process without GPUs lowers for those of another.
+    A process without GPUs says so when a kernel asks for their capability.
     """
     try:
         oldest = min(_capabilities(), default=_LEAST_CAPABILITY)

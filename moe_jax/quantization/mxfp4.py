@@ -20,7 +20,8 @@ import numpy as np
 from jax import lax
 from jax.sharding import Mesh
 
-from moe_jax.tagged import Rules, Tagged, tag
+from moe_jax.rules import Rules
+from moe_jax.tagged import Tagged, tag
 
 BLOCK_SIZE = 32
 """Elements that share a scale."""

@@ -29,7 +29,8 @@ from jax import lax
 from jax.sharding import Mesh
 
 from moe_jax.quantization.mxfp4 import BLOCK_SIZE, BlockScaled
-from moe_jax.tagged import Rules, Tagged, tag
+from moe_jax.rules import Rules
+from moe_jax.tagged import Tagged, tag
 
 TILE_OUT = 16
 """Outputs of a tile."""

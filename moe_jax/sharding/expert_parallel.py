@@ -84,13 +84,19 @@ def expert_parallel(
 def before_routing(x: Tagged, experts_per_token: int, sharding: Sharding) -> Tagged:
     """x {..., d}, lying where its experts will want it.
 
-    Where every device is to have all rows, it gets them here, once, and routes them itself;
-    otherwise XLA may spread the routing and gather each of its results.
+    Where the devices that share the experts are all to have the same rows, they get them here,
+    once, and route them themselves; otherwise XLA may spread the routing and gather each of its
+    results. Tokens stay split over the other devices, by whichever axis of theirs comes first.
     """
-    num_tokens = math.prod(size for axis, size in x.sizes.items() if axis != "d")
+    tokens = {axis: size for axis, size in x.sizes.items() if axis != "d"}
+    num_tokens = math.prod(tokens.values())
+    if sharding.count(*sharding.axes("expert")) == 1:
+        return x
     if _communication(num_tokens, experts_per_token, sharding) != "psum":
         return x
-    return Sharding(sharding.mesh, {"b": _groups(sharding)}).constrain(x)
+    first = next((axis for axis, size in tokens.items() if size > 1), "d")
+    rules = {} if first == "d" else {first: _groups(sharding)}
+    return Sharding(sharding.mesh, rules).constrain(x)
 
 
 def _groups(sharding: Sharding) -> tuple[str, ...]:
@@ -130,7 +136,8 @@ def _summed(
     device: _OnDevice, experts: Any, rows: jax.Array, ids: jax.Array, weights: jax.Array
 ) -> jax.Array:
     """Every device of `owners` has the same rows [s, d]; what its experts add is summed."""
-    return lax.psum(device(experts, rows, ids, weights), device.owners)
+    added = device(experts, rows, ids, weights).astype(accumulator(rows.dtype))
+    return lax.psum(added, device.owners).astype(rows.dtype)
 
 
 def _exchanged(

@@ -3,8 +3,8 @@
 A mesh has three axes:
 
     data      holds everything once more for each of its devices, and splits the batch
-    expert    splits experts and the vocabulary, and the batch further, outside of the experts
-    model     splits attention heads, and experts and the vocabulary further
+    expert    splits experts, and the batch further, outside of the experts
+    model     splits experts further, and what a model wants split besides, such as attention heads
 
 One table says which mesh axes split which axis tag. All arrays of an expert follow it: floats,
 biases, and the parts of packed weights, whose own axes derive from the logical ones.
@@ -12,8 +12,7 @@ biases, and the parts of packed weights, whose own axes derive from the logical 
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
-from types import MappingProxyType
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -21,21 +20,23 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from moe_jax.quantization.mxfp4 import BlockScaled, leaf_rules
 from moe_jax.quantization.tiled import is_packed, tile_rules
-from moe_jax.sharding.communication import COMMUNICATIONS, CommunicationChoice
-from moe_jax.tagged import Rules, Tagged, is_tagged, tag
-
-RULES: Rules = MappingProxyType(
-    {
-        "b": ("data", "expert"),
-        "expert": ("expert", "model"),
-        "voc": ("expert", "model"),
-        "h": "model",
-        "kv": "model",
-        "h_hd": "model",
-        "kv_hd": "model",
-    }
+from moe_jax.rules import (
+    FrozenRules,
+    Rules,
+    check_divisible,
+    check_on_mesh,
+    divisors,
+    listed,
+    mesh_axes,
 )
-"""Axis tag -> mesh axes that split it; every other axis is whole on every device."""
+from moe_jax.sharding.communication import COMMUNICATIONS, CommunicationChoice
+from moe_jax.tagged import Tagged, is_tagged, tag
+
+SHARDING_RULES: Rules = FrozenRules({"b": ("data", "expert"), "expert": ("expert", "model")})
+"""Axis tag -> mesh axes that split it; every other axis is whole on every device.
+
+These are the layer's. A model adds those of its own axes: `{**SHARDING_RULES, "voc": "model"}`.
+"""
 
 
 def make_mesh(
@@ -70,7 +71,7 @@ def make_mesh(
             raise ValueError(
                 f"mesh axis {axis!r} of size {given[axis]} does not divide {count} devices"
                 f"{'' if axis == 'data' else f' in {data} parts'}: "
-                f"sizes that would do are {_listed(choices)}"
+                f"sizes that would do are {listed(choices)}"
             )
         expert = count // (data * model)
     needed = data * expert * model
@@ -97,33 +98,29 @@ class Sharding:
 
     Attributes:
         mesh: the devices; its axes are `AxisType.Auto`, as `make_mesh` makes them.
-        rules: axis tag -> mesh axis, or several, or None. `expert` says which axes split experts.
-            Those of `b` that are not among them split the tokens that meet the same experts.
+        rules: axis tag -> mesh axis, or several, or None; a copy is kept. `expert` says which axes
+            split experts. Those of `b` that are not among them split the tokens that meet the same
+            experts.
         communication: how rows meet the experts of other devices, see `choose_communication`;
             `auto` chooses by the number of tokens.
     """
 
     mesh: Mesh
-    rules: Rules = dataclasses.field(default_factory=lambda: RULES, hash=False)
+    rules: Rules = SHARDING_RULES
     communication: CommunicationChoice = "auto"
 
     def __post_init__(self) -> None:
         if not isinstance(self.mesh, Mesh):
             raise TypeError(f"mesh must be a jax.sharding.Mesh, got {self.mesh!r}")
+        object.__setattr__(self, "rules", FrozenRules.of(self.rules))
         for axis, kind in zip(self.mesh.axis_names, self.mesh.axis_types, strict=True):
             if kind != AxisType.Auto:
                 raise ValueError(
                     f"mesh axis {axis!r} is {kind}: make the mesh with moe_jax.make_mesh, or with "
                     f"axis_types=(jax.sharding.AxisType.Auto, ...)"
                 )
-        for tag_name in self.rules:
-            for axis in self.axes(tag_name):
-                if axis not in self.mesh.shape:
-                    raise ValueError(
-                        f"the rules send axis {tag_name!r} to mesh axis {axis!r}, the mesh has "
-                        f"{tuple(self.mesh.shape)}: make it with moe_jax.make_mesh, or give other "
-                        f"rules"
-                    )
+        for axis in self.rules:
+            check_on_mesh(axis, self.mesh, self.rules)
         if self.communication not in ("auto", *COMMUNICATIONS):
             raise ValueError(
                 f"communication must be 'auto' or one of {COMMUNICATIONS}, "
@@ -195,33 +192,3 @@ class Sharding:
                 f"{jax.tree_util.keystr(path)} {leaf}".strip(), axis, size, self.mesh, self.rules
             )
         return NamedSharding(self.mesh, leaf.spec(self.rules))
-
-
-def mesh_axes(rules: Rules, axis: str) -> tuple[str, ...]:
-    """The mesh axes that rules give an axis tag."""
-    target = rules.get(axis)
-    return (target,) if isinstance(target, str) else target or ()
-
-
-def check_divisible(what: str, axis: str, size: int, mesh: Mesh, rules: Mapping[str, Any]) -> None:
-    """Raises ValueError where `rules` split an axis of `size` unevenly; `what` names the array."""
-    names = mesh_axes(rules, axis)
-    shards = math.prod(mesh.shape[name] for name in names)
-    if size % shards == 0:
-        return
-    sizes = ", ".join(f"{name}={mesh.shape[name]}" for name in names)
-    product = f"a mesh axis {names[0]!r}" if len(names) == 1 else f"a product of {names}"
-    raise ValueError(
-        f"{what}: axis {axis!r} of size {size} cannot be split over {shards} devices ({sizes}): "
-        f"{product} of {_listed(divisors(size))} would do"
-    )
-
-
-def divisors(number: int) -> list[int]:
-    """What divides `number`, ascending."""
-    return [n for n in range(1, number + 1) if number % n == 0]
-
-
-def _listed(numbers: Sequence[int]) -> str:
-    shown = [str(n) for n in numbers[:12]] + (["..."] if len(numbers) > 12 else [])
-    return " or ".join([", ".join(shown[:-1]), shown[-1]] if len(shown) > 1 else shown)

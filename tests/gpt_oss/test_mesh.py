@@ -11,7 +11,8 @@ import tiny
 import tiny_chat
 from hypothesis import given
 from hypothesis import strategies as st
-from sharding_tools import bytes_by_device, sharding
+from sharding_tools import bytes_by_device
+from tiny_mesh import sharding
 
 import gpt_oss
 from gpt_oss import loader, mesh
@@ -65,9 +66,8 @@ class TestChoice:
             ({}, 4, (1, 1, 4)),
             ({}, 8, (1, 1, 8)),
             ({}, 16, (1, 2, 8)),
-            ({}, 64, (2, 4, 8)),
+            ({}, 32, (1, 4, 8)),
             ({"experts": 128}, 64, (1, 8, 8)),
-            ({}, 3, (3, 1, 1)),
             ({"kv": 2, "experts": 16}, 8, (1, 4, 2)),
             ({"kv": 3, "experts": 6, "vocab": 150}, 6, (1, 2, 3)),
             ({}, 1, (1, 1, 1)),
@@ -77,23 +77,46 @@ class TestChoice:
         assert tuple(mesh.choose_sizes(config(**changes), count).values()) == expected
 
     @given(st.integers(1, 16), st.integers(5, 96), st.integers(50, 400), st.integers(1, 64))
-    def test_there_is_one_for_every_number_of_devices(self, kv, experts, vocab, count):
+    def test_weights_are_split_over_all_devices_or_it_refuses(self, kv, experts, vocab, count):
         shape = config(kv, experts, vocab)
+        if math.gcd(experts, vocab) % count:
+            with pytest.raises(UserError, match=f"cannot be split over {count} devices"):
+                mesh.choose_sizes(shape, count)
+            return
         sizes = mesh.choose_sizes(shape, count)
         assert math.prod(sizes.values()) == count and mesh.fault(shape, sizes) is None
+        assert sizes["data"] == 1
+
+    @pytest.mark.parametrize(
+        ("count", "message"),
+        [
+            (3, "over 3 devices: 1, 2, 4, 8, 16 or 32 would do, or --mesh data=3,expert=1,model=1"),
+            (64, "over 64 devices: .* data=2,expert=4,model=8, which holds the model 2 times"),
+        ],
+    )
+    def test_numbers_of_devices_that_do_not_fit(self, count, message):
+        with pytest.raises(UserError, match=message):
+            mesh.choose_sizes(config(), count)
+
+    def test_copies_of_the_model_are_made_where_they_are_asked_for(self):
+        here = mesh.sharding_for(config(), {"data": 3})
+        assert here is not None and here.mesh.shape["data"] == 3
 
     @pytest.mark.parametrize(
         ("sizes", "message"),
         [
             (
                 {"model": 3},
-                r"'model' of size 3 does not divide 8 key/value heads: 1, 2, 4, 8 would",
+                r"'model' of size 3 does not divide 8 key/value heads: 1, 2, 4 or 8 would",
             ),
             (
                 {"expert": 5},
                 r"of sizes 5 and 1 do not divide the experts of 24: a product of 1, 2,",
             ),
-            ({"expert": 3}, r"do not divide the vocabulary of 320: a product of 1, 2, 4, 8 would"),
+            (
+                {"expert": 3},
+                r"the vocabulary of 320: a product of 1, 2, 4 or 8 would",
+            ),
             ({"data": 3, "expert": 4}, r"data=3,expert=4,model=1 needs 12 devices, there are 8"),
         ],
     )
@@ -207,7 +230,8 @@ class TestFlags:
     @pytest.mark.parametrize(
         ("flags", "message"),
         [
-            (["--devices", "9"], "needs 9 devices, there are 8"),
+            (["--devices", "16"], "needs 16 devices, there are 8"),
+            (["--devices", "3"], "cannot be split over 3 devices: 1, 2, 4"),
             (["--mesh", "model=4"], "'model' of size 4 does not divide 2 key/value heads"),
         ],
         ids=str,

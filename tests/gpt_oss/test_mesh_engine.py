@@ -7,7 +7,8 @@ import numpy as np
 import pytest
 import tiny
 import tiny_model
-from sharding_tools import bytes_by_device, sharding
+from sharding_tools import bytes_by_device
+from tiny_mesh import sharding
 
 from gpt_oss import engine as engine_module
 from gpt_oss.engine import Engine

@@ -10,7 +10,8 @@ import oracle
 import pytest
 import tiny
 import tiny_model
-from sharding_tools import MESHES, sharding
+from sharding_tools import MESHES
+from tiny_mesh import sharding
 
 import moe_jax
 from gpt_oss.model import GptOss

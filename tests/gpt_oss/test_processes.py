@@ -1,5 +1,6 @@
 """Several processes on one machine that run one model together."""
 
+import argparse
 import dataclasses
 import os
 import signal
@@ -9,10 +10,13 @@ import sys
 import time
 from pathlib import Path
 
+import jax
 import pytest
 import tiny_chat
 
 import gpt_oss.generate
+from gpt_oss import processes
+from gpt_oss.errors import UserError
 from gpt_oss.flags import parse
 from gpt_oss.generate import main
 
@@ -52,17 +56,17 @@ def free_port():
         return probe.getsockname()[1]
 
 
-def ends(*processes):
+def ends(*several):
     """(exit code, stdout, stderr) of each process, which ends within five minutes."""
     try:
-        texts = [process.communicate(timeout=300) for process in processes]
+        texts = [process.communicate(timeout=300) for process in several]
     finally:
-        _release(*processes)
-    return [(p.returncode, *text) for p, text in zip(processes, texts, strict=True)]
+        _release(*several)
+    return [(p.returncode, *text) for p, text in zip(several, texts, strict=True)]
 
 
-def _release(*processes):
-    for process in processes:
+def _release(*several):
+    for process in several:
         process.kill()
         process.wait()
         process.stdout.close()
@@ -96,16 +100,16 @@ def test_a_seed_that_is_drawn_is_the_same_for_all(checkpoint):
 def test_a_lost_process_ends_the_others(checkpoint):
     port = free_port()
     flags = ["--temperature", "0", "--raw", "--ignore-eos", "--max-tokens", "480", "-p", "Sea"]
-    processes = [start(checkpoint, i, port, *flags, devices=1) for i in range(2)]
+    several = [start(checkpoint, i, port, *flags, devices=1) for i in range(2)]
     try:
-        processes[0].stdout.read(1)  # it generates
-        processes[1].send_signal(signal.SIGKILL)
+        several[0].stdout.read(1)  # it generates
+        several[1].send_signal(signal.SIGKILL)
         lost = time.monotonic()
-        _, errors = processes[0].communicate(timeout=90)
+        _, errors = several[0].communicate(timeout=90)
         seconds = time.monotonic() - lost
     finally:
-        _release(*processes)
-    assert processes[0].returncode not in (0, None)
+        _release(*several)
+    assert several[0].returncode not in (0, None)
     assert seconds < 60
     assert "process" in errors and ("lost" in errors or "died" in errors), errors
 
@@ -114,10 +118,97 @@ def test_a_lost_process_ends_the_others(checkpoint):
 def test_a_fault_of_one_is_told_by_it(checkpoint):
     """The second asks for another model; both end."""
     port, flags = free_port(), ["--max-tokens", "4", "--raw", "-p", "Sea"]
-    processes = [start(checkpoint, 0, port, *flags), start("/nowhere/at/all", 1, port, *flags)]
-    first, second = ends(*processes)
+    several = [start(checkpoint, 0, port, *flags), start("/nowhere/at/all", 1, port, *flags)]
+    first, second = ends(*several)
     assert second[0] == 1 and "/nowhere/at/all" in second[2] and "Traceback" not in second[2]
     assert first[0] != 0
+
+
+@pytest.mark.slow
+def test_other_prompts_are_told_apart(checkpoint):
+    """Before the model is loaded, by each process."""
+    port = free_port()
+    common = ["--temperature", "0", "--raw", "-p"]
+    first, second = ends(
+        *(start(checkpoint, i, port, *common, text, devices=1) for i, text in enumerate(("A", "B")))
+    )
+    assert first[0] == second[0] == 1
+    assert "process 0 has --prompt 'A': run the same command" in first[2]
+    assert "process 1 has --prompt 'B': run the same command" in second[2]
+    assert first[1] == second[1] == ""
+
+
+@pytest.mark.slow
+def test_an_interrupted_process_ends_the_others(checkpoint):
+    """Ctrl-C in one of them only; it does not wait for the other."""
+    port = free_port()
+    flags = ["--temperature", "0", "--raw", "--ignore-eos", "--max-tokens", "480", "-p", "Sea"]
+    several = [start(checkpoint, i, port, *flags, devices=1) for i in range(2)]
+    try:
+        several[0].stdout.read(1)  # it generates
+        several[0].send_signal(signal.SIGINT)
+        pressed = time.monotonic()
+        several[0].communicate(timeout=90)
+        _, errors = several[1].communicate(timeout=90)
+        seconds = time.monotonic() - pressed
+    finally:
+        _release(*several)
+    assert several[0].returncode == 130
+    assert several[1].returncode not in (0, None), errors
+    assert seconds < 60
+
+
+class TestEnds:
+    """What a process that failed ends with; it must not wait for others at exit."""
+
+    @pytest.fixture
+    def fail(self, monkeypatch):
+        """Fails inside `joined`; gives the exit code that is left for the end."""
+        codes = []
+        monkeypatch.setattr(processes, "_join", lambda arguments: None)
+        monkeypatch.setattr(processes, "_keep_stdout", lambda: None)
+        monkeypatch.setattr(processes.atexit, "register", lambda leave, code: codes.append(code))
+
+        def run(error):
+            with processes.joined(argparse.Namespace(coordinator="a:1")):
+                raise error
+
+        run.codes = codes
+        return run
+
+    @pytest.mark.parametrize(
+        ("error", "code"),
+        [
+            (KeyboardInterrupt(), 130),
+            (BrokenPipeError(), 0),
+            (UserError("no"), 1),
+            (ZeroDivisionError(), 1),
+            (SystemExit(3), 3),
+            (SystemExit(None), 0),
+            (SystemExit("text"), 1),
+            (jax.errors.JaxRuntimeError("INVALID_ARGUMENT: shapes of our own"), 1),
+            (jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"), 1),
+        ],
+        ids=repr,
+    )
+    def test_error_and_code_are_kept(self, fail, error, code):
+        with pytest.raises(type(error)) as caught:
+            fail(error)
+        assert caught.value is error and fail.codes == [code]
+
+    @pytest.mark.parametrize(
+        "text",
+        [
+            "UNAVAILABLE: failed to connect to all addresses",
+            "DEADLINE_EXCEEDED: Barrier timed out",
+            "FAILED_PRECONDITION: Gloo AllReduce failed: Connection closed by peer",
+            "INTERNAL: NCCL operation ncclAllReduce failed: remote process exited",
+        ],
+    )
+    def test_a_lost_process_is_told(self, fail, text):
+        with pytest.raises(UserError, match="this or another process was lost: " + text[:8]):
+            fail(jax.errors.JaxRuntimeError(text))
+        assert fail.codes == [1]
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,6 @@ import tiny
 
 from gpt_oss.config import GptOssConfig
 from gpt_oss.layout import parameter_specs
-from gpt_oss.mesh import placed
 from gpt_oss.model import GptOss
 from moe_jax import BlockScaled, Sharding, Tagged, tag
 
@@ -51,10 +50,14 @@ def build(
             )
         return tag(jnp.asarray(weights(name)[key].astype(np.float32)), *specs[key].axes)
 
-    if sharding is not None:
-        parameter = placed(parameter, config(name), sharding)
+    def placed(key: str) -> Any:
+        if sharding is None:
+            return parameter(key)
+        where = Sharding(sharding.mesh, {}) if specs[key].is_whole else sharding
+        return where.place(parameter(key))
+
     return GptOss(
-        config(name), lambda key: prepare(parameter(key)), dtype=dtype, sharding=sharding, **options
+        config(name), lambda key: prepare(placed(key)), dtype=dtype, sharding=sharding, **options
     )
 
 

@@ -53,8 +53,10 @@ def test_refuses_other_arguments(kernel):
 
 
 def test_refuses_other_dtypes(kernel):
-    out = jax.ShapeDtypeStruct((3, 64), jnp.float16)
-    with pytest.raises(TypeError, match="arrays of int32, float32, bfloat16, got float16"):
+    out = jax.ShapeDtypeStruct((3, 64), jnp.float8_e4m3fn)
+    with pytest.raises(
+        TypeError, match="arrays of int32, float32, float16, bfloat16, got float8_e4m3fn"
+    ):
         gluon_call.gluon_call(
             jnp.zeros(3, jnp.int32), kernel=kernel, out_type=out, grid=(1,), num_warps=4
         )

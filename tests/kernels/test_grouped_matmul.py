@@ -18,7 +18,7 @@ from moe_jax.kernels.grouped_matmul.reference import choose_block_size, plan_blo
 
 NEEDS_GPU = pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an NVIDIA GPU")
 IMPLEMENTATIONS = [
-    pytest.param("xla", id="xla"),
+    pytest.param("xla", id="xla_by_name"),
     pytest.param(None, id="by_platform"),
     pytest.param("triton", id="triton", marks=NEEDS_GPU),
 ]
@@ -84,13 +84,11 @@ def close(ours, expected: np.ndarray, kind: str) -> None:
     np.testing.assert_allclose(np.asarray(ours, np.float64), expected, rtol=0, atol=tolerance)
 
 
-jitted = jax.jit(grouped_matmul, static_argnames="implementation")
-"""As one program: to compile it costs less than to compile each operation."""
-
-
 def multiply(rows: jax.Array, weight, sizes, implementation: str | None) -> Tagged:
     group_sizes = tag(jnp.asarray(sizes, jnp.int32), "expert")
-    return jitted(tag(rows, "row", "in"), weight, group_sizes, implementation=implementation)
+    return grouped_matmul(
+        tag(rows, "row", "in"), weight, group_sizes, implementation=implementation
+    )
 
 
 @pytest.mark.parametrize("case", GROUPS)

@@ -135,32 +135,45 @@ def rows_kernel(monkeypatch, index: int, size: int) -> str:
 NARROW, WIDE = 2, len(configs.HOPPER) - 1
 
 
-@pytest.mark.parametrize(("index", "size"), [(NARROW, 64), (NARROW, 2880), (WIDE, 64), (WIDE, 192)])
+@pytest.mark.parametrize(
+    ("index", "size", "words"),
+    [(NARROW, 64, 4), (NARROW, 2880, 4), (WIDE, 64, 2), (WIDE, 192, 2)],
+)
 @pytest.mark.compiles
-def test_words_keep_their_order(monkeypatch, index, size):
+def test_words_keep_their_order(monkeypatch, index, size, words):
     """The assembly that decodes a lane's words knows which scale belongs to which of them."""
     ttgir = rows_kernel(monkeypatch, index, size)
     layouts = dict(re.findall(r"^(#\w+) = (.*)$", ttgir, re.MULTILINE))
     used = set(re.findall(r"tt\.elementwise_inline_asm .*?: tensor<\w+, (#\w+)>", ttgir))
     assert used
     for name in used:
-        assert "sizePerThread = [1, 8], " in layouts[name], layouts[name]
+        assert f"sizePerThread = [1, {2 * words}], " in layouts[name], layouts[name]
 
 
-@pytest.mark.parametrize(("index", "size"), [(NARROW, 4096), (WIDE, 4096)])
+@pytest.mark.parametrize("index", [NARROW, WIDE])
 @pytest.mark.compiles
-def test_loops_wait_where_they_say(monkeypatch, index, size):
-    """A product runs while the next weights are decoded; no copy outlives the loop."""
+def test_no_copy_outlives_its_loop(monkeypatch, index):
     operations = re.findall(
-        r"ttg\.async_wait \{num = 0|warp_group_dot_wait|warp_group_dot |elementwise_inline_asm|"
-        r"ttg\.async_copy|scf\.yield|tt\.store",
-        rows_kernel(monkeypatch, index, size),
+        r"ttg\.async_wait \{num = 0|ttg\.async_copy|tt\.store",
+        rows_kernel(monkeypatch, index, 4096),
     )
-    for before, after in zip(operations, operations[1:], strict=False):
-        assert (before, after) != ("warp_group_dot ", "warp_group_dot_wait")
-    if index == WIDE:
-        assert "warp_group_dot " in operations
-    stores = [i for i, name in enumerate(operations) if name == "tt.store"]
-    for store in stores:
-        waited = [n for n in operations[:store] if n.startswith("ttg.async")]
+    assert "tt.store" in operations
+    for store in (i for i, name in enumerate(operations) if name == "tt.store"):
+        waited = [name for name in operations[:store] if name != "tt.store"]
         assert waited[-1] == "ttg.async_wait {num = 0"
+
+
+@pytest.mark.compiles
+def test_a_product_runs_while_the_next_weights_are_decoded(monkeypatch):
+    """Each is waited for when the next has started; only behind a loop for all of them."""
+    ttgir = rows_kernel(monkeypatch, WIDE, 4096)
+    heights = configs.HOPPER[WIDE].plan.gate_up.heights
+    loops = re.findall(r"scf\.for .*?warp_group_dot .*?scf\.yield", ttgir, re.DOTALL)
+    assert len(loops) == len(heights)
+    for loop, parts in zip(loops, heights, strict=True):
+        pending = [int(n) for n in re.findall(r"warp_group_dot_wait .*?pendings = (\d+)", loop)]
+        # two halves of each tile of a step
+        assert len(pending) == loop.count("warp_group_dot ") // len(parts) >= 2
+        assert set(pending) == {len(parts)}
+    everywhere = re.findall(r"warp_group_dot_wait .*?pendings = (\d+)", ttgir)
+    assert everywhere.count("0") == len(heights)

@@ -73,7 +73,9 @@ def expert_mlp(
             kernels.
 
     Returns:
-        bfloat16 {s, d}. Tokens without an expert are zero.
+        bfloat16 {s, d}. Tokens without an expert are zero. Products are summed in float32. The rows
+        between the two matmuls are bfloat16, and in the kernels so are, above 1,024 pairs, the rows
+        that a token's experts return, before those are summed in float32.
 
     Raises:
         TypeError: experts or rows are not supported.

@@ -13,7 +13,7 @@ from moe_jax.kernels.dispatch.pairs import RoutedPairs, SortedPairs
 from moe_jax.kernels.tiled_matmul import launch as matmul
 
 _EXACT_PAIRS = 1024
-"""Up to so many pairs, what experts return is kept in float32 until it is summed."""
+"""Up to so many pairs, and where inputs are split, what experts return is summed from float32."""
 
 
 def routed_layer(
@@ -37,7 +37,8 @@ def _layer(experts: Any, x: jax.Array, pairs: RoutedPairs) -> jax.Array:
         return jnp.zeros_like(x)
     weights = experts.gate_up, experts.down
     plan = matmul.plan(pairs.ids.size, *weights)
-    dtype = jnp.float32 if pairs.ids.size <= _EXACT_PAIRS else x.dtype
+    exact = pairs.ids.size <= _EXACT_PAIRS or plan.down.splits > 1
+    dtype = jnp.float32 if exact else x.dtype
     gate_up_bias, down_bias = experts.gate_up_bias, experts.down_bias
     hidden = matmul.gate_up(x, experts.gate_up, gate_up_bias, experts.activation, pairs, plan)
     y = matmul.down(hidden, experts.down, down_bias, pairs, plan, dtype)

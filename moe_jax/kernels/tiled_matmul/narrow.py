@@ -2,7 +2,7 @@
 
 At few tokens an expert, the way of the weights from memory is all that counts, and instructions a
 weight decide whether it is kept up with. The matrix instruction is `mma.sync`, which has no
-set-up, and is narrow enough for 8 ring.
+set-up, and is narrow enough for 8 tokens.
 
 This module imports Triton: import it only where a lowering for CUDA needs it.
 """
