@@ -148,6 +148,7 @@ def _exchanged(
     num_tokens, experts_per_token = ids.shape
     room = capacity(num_tokens, num_devices, experts_per_token)
     queues = _line_up(ids, device.num_experts, num_devices)
+    pairs = _side_by_side(ids, weights, device.num_experts * num_devices)
     swap = functools.partial(
         lax.all_to_all, axis_name=device.owners, split_axis=0, concat_axis=0, tiled=True
     )
@@ -160,12 +161,13 @@ def _exchanged(
         token = token.at[jnp.where(now, queues.owner, num_devices), jnp.where(now, slot, room)].set(
             lax.broadcasted_iota(jnp.int32, ids.shape, 0), mode="drop"
         )
-        outside = device.num_experts * num_devices
-        received = [
-            swap(array.at[token].get(mode="fill", fill_value=fill)).reshape(-1, array.shape[1])
-            for array, fill in ((rows, 0), (ids, outside), (weights, 0))
-        ]
-        back = swap(device(experts, *received).reshape(num_devices, room, -1))
+        received, routing = (
+            swap(array.at[token].get(mode="fill", fill_value=0)).reshape(-1, array.shape[1])
+            for array in (rows, pairs)
+        )
+        own_ids, own_weights = _taken_apart(routing, weights.dtype)
+        y = device(experts, received, own_ids, own_weights)
+        back = swap(y.reshape(num_devices, room, -1))
         picked = back.at[queues.owner, slot].get(mode="clip")
         wide = picked.astype(accumulator(rows.dtype))
         return jnp.where(now[:, :, None], wide, 0).sum(1)
@@ -176,6 +178,24 @@ def _exchanged(
         longest = lax.pmax(queues.lengths.max(), _varying(queues.lengths))
         total = _further_rounds(one_round, total, -(-longest // room), most)
     return total.astype(rows.dtype)
+
+
+def _side_by_side(ids: jax.Array, weights: jax.Array, num_experts: int) -> jax.Array:
+    """ids [s, k] and weights [s, k] as one array of floats [s, 2 k], which travels at once.
+
+    Not the bits of one in the other's dtype, which would cut the gradient of the weights off:
+    numbers up to 2^24 are exact in float32. 0 stands for no expert, so that rows of zeros have
+    none.
+    """
+    number = jnp.where((ids >= 0) & (ids < num_experts), ids + 1, 0)
+    wide = accumulator(weights.dtype)
+    return jnp.concatenate([weights.astype(wide), number.astype(wide)], axis=1)
+
+
+def _taken_apart(pairs: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
+    """The ids, -1 for none, and the weights that `_side_by_side` took."""
+    weights, number = jnp.split(pairs, 2, axis=1)
+    return number.astype(jnp.int32) - 1, weights.astype(dtype)
 
 
 class _Queues(NamedTuple):
