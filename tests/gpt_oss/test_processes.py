@@ -1,6 +1,7 @@
 """Several processes on one machine that run one model together."""
 
 import argparse
+import contextlib
 import dataclasses
 import os
 import signal
@@ -65,6 +66,19 @@ def ends(*several):
     return [(p.returncode, *text) for p, text in zip(several, texts, strict=True)]
 
 
+@contextlib.contextmanager
+def generating(checkpoint):
+    """Two processes, of which the first has begun to write; both are ended behind it."""
+    port = free_port()
+    flags = ["--temperature", "0", "--raw", "--ignore-eos", "--max-tokens", "480", "-p", "Sea"]
+    several = [start(checkpoint, i, port, *flags, devices=1) for i in range(2)]
+    try:
+        several[0].stdout.read(1)
+        yield several
+    finally:
+        _release(*several)
+
+
 def _release(*several):
     for process in several:
         process.kill()
@@ -98,17 +112,11 @@ def test_a_seed_that_is_drawn_is_the_same_for_all(checkpoint):
 
 @pytest.mark.slow
 def test_a_lost_process_ends_the_others(checkpoint):
-    port = free_port()
-    flags = ["--temperature", "0", "--raw", "--ignore-eos", "--max-tokens", "480", "-p", "Sea"]
-    several = [start(checkpoint, i, port, *flags, devices=1) for i in range(2)]
-    try:
-        several[0].stdout.read(1)  # it generates
+    with generating(checkpoint) as several:
         several[1].send_signal(signal.SIGKILL)
         lost = time.monotonic()
         _, errors = several[0].communicate(timeout=90)
         seconds = time.monotonic() - lost
-    finally:
-        _release(*several)
     assert several[0].returncode not in (0, None)
     assert seconds < 60
     assert "process" in errors and ("lost" in errors or "died" in errors), errors
@@ -141,18 +149,12 @@ def test_other_prompts_are_told_apart(checkpoint):
 @pytest.mark.slow
 def test_an_interrupted_process_ends_the_others(checkpoint):
     """Ctrl-C in one of them only; it does not wait for the other."""
-    port = free_port()
-    flags = ["--temperature", "0", "--raw", "--ignore-eos", "--max-tokens", "480", "-p", "Sea"]
-    several = [start(checkpoint, i, port, *flags, devices=1) for i in range(2)]
-    try:
-        several[0].stdout.read(1)  # it generates
+    with generating(checkpoint) as several:
         several[0].send_signal(signal.SIGINT)
         pressed = time.monotonic()
         several[0].communicate(timeout=90)
         _, errors = several[1].communicate(timeout=90)
         seconds = time.monotonic() - pressed
-    finally:
-        _release(*several)
     assert several[0].returncode == 130
     assert several[1].returncode not in (0, None), errors
     assert seconds < 60

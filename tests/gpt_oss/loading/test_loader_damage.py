@@ -4,7 +4,6 @@ import os
 import re
 
 import jax.numpy as jnp
-import loader_files
 import ml_dtypes
 import numpy as np
 import pytest
@@ -45,23 +44,6 @@ KINDS = [
     "lm_head.weight",
 ]
 """One tensor of each of the 22 kinds."""
-
-
-@pytest.fixture(scope="module")
-def config():
-    return loader_files.CONFIG
-
-
-@pytest.fixture(scope="module")
-def originals():
-    """The tiny checkpoint with the dtypes that it has on disk."""
-    return loader_files.originals()
-
-
-@pytest.fixture
-def tensors(originals):
-    """A copy of the dictionary, for a test to damage."""
-    return dict(originals)
 
 
 class TestDamage:

@@ -6,7 +6,6 @@ import sys
 
 import jax
 import jax.numpy as jnp
-import loader_files
 import numpy as np
 import pytest
 import tiny
@@ -18,23 +17,6 @@ from gpt_oss.config import GptOssConfig
 from gpt_oss.layout import parameter_specs
 from moe_jax.checkpoint import Checkpoint
 from moe_jax.quantization import BlockScaled
-
-
-@pytest.fixture(scope="module")
-def config():
-    return loader_files.CONFIG
-
-
-@pytest.fixture(scope="module")
-def originals():
-    """The tiny checkpoint with the dtypes that it has on disk."""
-    return loader_files.originals()
-
-
-@pytest.fixture
-def tensors(originals):
-    """A copy of the dictionary, for a test to damage."""
-    return dict(originals)
 
 
 def assert_is_on_disk(parameters, originals):
