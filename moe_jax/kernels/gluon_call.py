@@ -49,6 +49,7 @@ def gluon_call(
     grid: tuple[int, ...],
     num_warps: int,
     max_registers: int | None = None,
+    aliases: dict[int, int] | None = None,
     **constants: Any,
 ) -> Any:
     """Calls a kernel. Only while lowering for CUDA, for GPUs of one capability.
@@ -60,6 +61,7 @@ def gluon_call(
         grid: programs, up to three sizes.
         num_warps: warps a program.
         max_registers: registers a thread, at most.
+        aliases: which of the arrays, by number, become which of the results.
         constants: values of the kernel's constexpr parameters.
 
     Returns:
@@ -75,7 +77,8 @@ def gluon_call(
     code = compile_kernel(kernel, kinds, named, num_warps, max_registers, cuda_capability())
     call = _launch(code, grid, tuple(x if isinstance(x, int) else None for x in operands))
     arrays = [x for x in arguments if not isinstance(x, int)]
-    return jax.tree.unflatten(treedef, jax.ffi.ffi_call(_target(), results)(*arrays, opaque=call))
+    function = jax.ffi.ffi_call(_target(), results, input_output_aliases=aliases)
+    return jax.tree.unflatten(treedef, function(*arrays, opaque=call))
 
 
 @functools.cache

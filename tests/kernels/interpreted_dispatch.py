@@ -72,6 +72,19 @@ def test_routes(num_tokens, num_experts, k, dtype, rng):
     check_routed(rng.normal(size=(num_tokens, num_experts)).astype(dtype), k)
 
 
+@pytest.mark.parametrize("num_tokens", [0, 3, 300])
+@pytest.mark.parametrize("num_counters", [1, 40, 2100])
+def test_counters_are_cleared(num_tokens, num_counters, rng):
+    logits = rng.normal(size=(num_tokens, 20)).astype(np.float32)
+    pairs, counters = launch.route_and_clear(logits, experts_per_token=3, num_counters=num_counters)
+    np.testing.assert_array_equal(counters, np.zeros(num_counters, np.int32))
+    check_sorted(pairs, np.asarray(pairs.ids), 20)
+    pairs, counters = launch.sort_and_clear(
+        np.asarray(pairs.ids), num_experts=20, num_counters=num_counters
+    )
+    np.testing.assert_array_equal(counters, np.zeros(num_counters, np.int32))
+
+
 @pytest.mark.parametrize(("num_tokens", "num_experts", "k"), SIZES)
 def test_routes_with_ties_bars_nan_and_mask(num_tokens, num_experts, k, rng):
     logits = rng.integers(-2, 3, (num_tokens, num_experts)).astype(np.float32)

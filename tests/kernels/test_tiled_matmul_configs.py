@@ -44,6 +44,16 @@ def test_configurations_that_no_kernel_runs_are_refused(changes, message):
         dataclasses.replace(good, **changes)
 
 
+def test_one_kernel_has_one_size():
+    config = configs.Config("mma", 64, ((8,), (16,)), num_warps=4, stages=2, tiles=5)
+    assert configs.Plan(True, config, dataclasses.replace(config, splits=3)).is_one_kernel
+    for changes in ({"heights": ((8,),)}, {"registers": 64}, {"num_warps": 2}):
+        other = dataclasses.replace(config, **changes)
+        assert not configs.Plan(False, config, other).is_one_kernel
+        with pytest.raises(ValueError, match=f"{next(iter(changes))} .* differ"):
+            configs.Plan(True, config, other)
+
+
 def test_blocks_are_enough_for_any_sizes(rng):
     config = configs.Config("mma", 64, ((8,), (8, 8)), num_warps=4, stages=2, tiles=5)
     for _ in range(200):

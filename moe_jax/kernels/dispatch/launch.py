@@ -22,13 +22,26 @@ def route_pairs(
     logits: jax.Array, token_mask: jax.Array | None = None, *, experts_per_token: int
 ) -> RoutedPairs:
     """See `api`."""
+    return route_and_clear(logits, token_mask, experts_per_token=experts_per_token)[0]
+
+
+def route_and_clear(
+    logits: jax.Array,
+    token_mask: jax.Array | None = None,
+    *,
+    experts_per_token: int,
+    num_counters: int = 0,
+) -> tuple[RoutedPairs, jax.Array]:
+    """The same, and int32 [num_counters] zeros (undefined, and no fewer than one, for 0)."""
     from moe_jax.kernels.dispatch import triton_route as kernels
 
     (num_tokens, num_experts), k = logits.shape, experts_per_token
     num_pairs = num_tokens * k
     ids, weight = _int32(num_tokens, k), _type((num_pairs,), jnp.float32)
+    counters = _int32(max(1, num_counters))
     if not num_tokens:
-        return RoutedPairs(*_zeros(ids, weight, _int32(0), _int32(num_experts)))
+        *pairs, zeros = _zeros(ids, weight, _int32(0), _int32(num_experts), counters)
+        return RoutedPairs(*pairs), zeros
     blocks = sort_blocks(num_tokens, num_experts, k)
     options = _options(blocks, num_experts, k)
     arguments = (logits, logits if token_mask is None else token_mask, num_tokens)
@@ -38,8 +51,9 @@ def route_pairs(
         return _call(
             kernels.route_once,
             *arguments,
-            out_type=RoutedPairs(ids, weight, _int32(num_pairs), _int32(num_experts)),
+            out_type=(RoutedPairs(ids, weight, _int32(num_pairs), _int32(num_experts)), counters),
             grid=(1,),
+            COUNTERS=num_counters,
             **options,
         )
     chosen, weights, rank, counts = _call(
@@ -50,16 +64,26 @@ def route_pairs(
         TILES=blocks.tiles,
         **options,
     )
-    return RoutedPairs(chosen, weights, *_place(chosen, rank, counts, blocks))
+    pairs, zeros = _place(chosen, rank, counts, blocks, num_counters)
+    return RoutedPairs(chosen, weights, *pairs), zeros
 
 
 def sort_pairs(ids: jax.Array, *, num_experts: int) -> SortedPairs:
     """See `api`."""
+    return sort_and_clear(ids, num_experts=num_experts)[0]
+
+
+def sort_and_clear(
+    ids: jax.Array, *, num_experts: int, num_counters: int = 0
+) -> tuple[SortedPairs, jax.Array]:
+    """The same, and int32 [num_counters] zeros (undefined, and no fewer than one, for 0)."""
     from moe_jax.kernels.dispatch import triton_sort as kernels
 
     num_tokens, k = ids.shape
+    counters = _int32(max(1, num_counters))
     if not ids.size:
-        return SortedPairs(*_zeros(_int32(0), _int32(num_experts)))
+        *pairs, zeros = _zeros(_int32(0), _int32(num_experts), counters)
+        return SortedPairs(*pairs), zeros
     blocks = sort_blocks(num_tokens, num_experts, k)
     options = _options(blocks, num_experts, k)
     if blocks.chunks == 1:
@@ -67,8 +91,9 @@ def sort_pairs(ids: jax.Array, *, num_experts: int) -> SortedPairs:
             kernels.sort_once,
             ids,
             num_tokens,
-            out_type=SortedPairs(_int32(num_tokens * k), _int32(num_experts)),
+            out_type=(SortedPairs(_int32(num_tokens * k), _int32(num_experts)), counters),
             grid=(1,),
+            COUNTERS=num_counters,
             **options,
         )
     rank, counts = _call(
@@ -80,7 +105,7 @@ def sort_pairs(ids: jax.Array, *, num_experts: int) -> SortedPairs:
         TILES=blocks.tiles,
         **options,
     )
-    return _place(ids, rank, counts, blocks)
+    return _place(ids, rank, counts, blocks, num_counters)
 
 
 def combine_pairs(y: jax.Array, ids: jax.Array, *, num_experts: int, dtype: Any) -> jax.Array:
@@ -107,7 +132,9 @@ def combine_pairs(y: jax.Array, ids: jax.Array, *, num_experts: int, dtype: Any)
     )
 
 
-def _place(ids: jax.Array, rank: jax.Array, counts: jax.Array, blocks: SortBlocks) -> SortedPairs:
+def _place(
+    ids: jax.Array, rank: jax.Array, counts: jax.Array, blocks: SortBlocks, num_counters: int
+) -> tuple[SortedPairs, jax.Array]:
     from moe_jax.kernels.dispatch import triton_sort as kernels
 
     k, num_experts = ids.shape[1], counts.shape[1]
@@ -119,9 +146,13 @@ def _place(ids: jax.Array, rank: jax.Array, counts: jax.Array, blocks: SortBlock
         counts,
         ids.size,
         blocks.chunks,
-        out_type=SortedPairs(_int32(ids.size), _int32(num_experts)),
+        out_type=(
+            SortedPairs(_int32(ids.size), _int32(num_experts)),
+            _int32(max(1, num_counters)),
+        ),
         grid=(blocks.chunks,),
         num_warps=steps.num_warps,
+        COUNTERS=num_counters,
         E=num_experts,
         CHUNK_PAIRS=blocks.tokens * blocks.tiles * k,
         BLOCK_P=steps.pairs,

@@ -93,15 +93,18 @@ def route_once(
     pair_weight,
     order,
     group_sizes,
+    counters,
     E: tl.constexpr,
     K: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BITS: tl.constexpr,
+    COUNTERS: tl.constexpr,
     HAS_MASK: tl.constexpr,
 ):
     """Routes up to BLOCK_T tokens in one program: logits [T, E] -> ids, weights, order, sizes."""
+    triton_sort.clear(counters, COUNTERS)
     token = tl.arange(0, BLOCK_T)
     index, marks, again = _choose(
         logits, token_mask, ids, pair_weight, HAS_MASK, token, num_tokens, E, K, BLOCK_E, BLOCK_K

@@ -75,6 +75,14 @@ def _rank(marks, index, BITS: tl.constexpr):
 
 
 @triton.jit
+def clear(counters, COUNTERS: tl.constexpr):
+    """Zeros i32 [COUNTERS], for a kernel that counts what it has done."""
+    for first in range(0, COUNTERS, 1024):
+        at = first + tl.arange(0, 1024)
+        tl.store(counters + at, 0, mask=at < COUNTERS)
+
+
+@triton.jit
 def sort_tile(
     marks,
     index,
@@ -164,14 +172,17 @@ def sort_once(
     num_tokens,
     order,
     group_sizes,
+    counters,
     E: tl.constexpr,
     K: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BITS: tl.constexpr,
+    COUNTERS: tl.constexpr,
 ):
     """Sorts the pairs of up to BLOCK_T tokens in one program: ids [T, K] -> order, sizes."""
+    clear(counters, COUNTERS)
     token = tl.arange(0, BLOCK_T)
     index, marks, again = _name(ids, token, num_tokens, E, K, BLOCK_E, BLOCK_K)
     sort_tile(marks, index, again, token, num_tokens, order, group_sizes, E, K, BLOCK_E, BITS)
@@ -206,11 +217,13 @@ def place_pairs(
     num_chunks,
     order,
     group_sizes,
+    counters,
     E: tl.constexpr,
     CHUNK_PAIRS: tl.constexpr,
     BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_E: tl.constexpr,
+    COUNTERS: tl.constexpr,
 ):
     """Places a chunk's pairs from their ranks in the chunk and every chunk's counts."""
     chunk = tl.program_id(0)
@@ -224,6 +237,7 @@ def place_pairs(
         sizes += tl.sum(tile, 0)
         before += tl.sum(tl.where((other < chunk)[:, None], tile, 0), 0)
     if chunk == 0:
+        clear(counters, COUNTERS)
         tl.store(group_sizes + expert, sizes, mask=expert < E)
     base = tl.cumsum(sizes, 0) - sizes + before
     missing = tl.sum(sizes, 0) + chunk * CHUNK_PAIRS - tl.sum(before, 0)

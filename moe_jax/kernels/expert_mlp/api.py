@@ -1,9 +1,10 @@
 """A layer of gpt-oss experts with tiled MXFP4 weights, from the rows of tokens to their sums.
 
-On NVIDIA GPUs these are four kernels, fewer where routing is done already: one routes and sorts the
-pairs of a token and an expert, one multiplies by `gate_up` and activates, one multiplies by `down`
-and weighs, one sums each token's pairs. Elsewhere it is the dispatch in XLA, which defines what is
-computed. Shapes are static, contents dynamic, results the same bits each time.
+On NVIDIA GPUs these are a few kernels: one (two for many tokens) routes and sorts the pairs of a
+token and an expert, one multiplies by `gate_up`, activates, multiplies by `down` and weighs (two on
+GPUs that are not Hopper's, and for one or two tokens), one sums each token's pairs. Elsewhere it is
+the dispatch in XLA, which defines what is computed. Shapes are static, contents dynamic, results
+the same bits each time.
 
 Gradients reach rows, routing and biases; the layer is then computed again, in `dispatch`.
 """

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from moe_jax.kernels.dispatch import launch as dispatch
 from moe_jax.kernels.dispatch.pairs import RoutedPairs, SortedPairs
 from moe_jax.kernels.tiled_matmul import launch as matmul
+from moe_jax.kernels.tiled_matmul.configs import Plan
 
 _EXACT_PAIRS = 1024
 """Up to so many pairs, and where inputs are split, what experts return is summed from float32."""
@@ -20,27 +21,37 @@ def routed_layer(
     experts: Any, x: jax.Array, logits: jax.Array, token_mask: jax.Array | None, k: int
 ) -> jax.Array:
     """Experts (a `GptOssMLP`) on x [T, d], routed by logits [T, E] -> [T, d]."""
-    return _layer(experts, x, dispatch.route_pairs(logits, token_mask, experts_per_token=k))
+    plan = matmul.plan(x.shape[0] * k, experts.gate_up, experts.down)
+    num_counters = matmul.num_counters(plan, x.shape[0] * k, logits.shape[1])
+    pairs, counters = dispatch.route_and_clear(
+        logits, token_mask, experts_per_token=k, num_counters=num_counters
+    )
+    return _layer(experts, x, pairs, counters, plan)
 
 
 def layer(experts: Any, x: jax.Array, ids: jax.Array, weights: jax.Array) -> jax.Array:
     """Experts (a `GptOssMLP`) on x [T, d], with ids i32 and weights f32 [T, k] -> [T, d]."""
-    if matmul.plan(ids.size, experts.gate_up, experts.down).sorted:
-        pairs = dispatch.sort_pairs(ids, num_experts=experts.gate_up.size("expert"))
+    plan, num_experts = matmul.plan(ids.size, experts.gate_up, experts.down), _count(experts)
+    if plan.sorted:
+        num_counters = matmul.num_counters(plan, ids.size, num_experts)
+        pairs, counters = dispatch.sort_and_clear(
+            ids, num_experts=num_experts, num_counters=num_counters
+        )
     else:
-        pairs = SortedPairs(ids.reshape(-1), ids.reshape(-1))  # not read
-    return _layer(experts, x, RoutedPairs(ids, weights.reshape(-1), *pairs))
+        pairs, counters = SortedPairs(ids.reshape(-1), ids.reshape(-1)), ids  # not read
+    return _layer(experts, x, RoutedPairs(ids, weights.reshape(-1), *pairs), counters, plan)
 
 
-def _layer(experts: Any, x: jax.Array, pairs: RoutedPairs) -> jax.Array:
+def _layer(
+    experts: Any, x: jax.Array, pairs: RoutedPairs, counters: jax.Array, plan: Plan
+) -> jax.Array:
     if not x.size or not pairs.ids.size:
         return jnp.zeros_like(x)
-    weights = experts.gate_up, experts.down
-    plan = matmul.plan(pairs.ids.size, *weights)
     exact = pairs.ids.size <= _EXACT_PAIRS or plan.down.splits > 1
-    dtype = jnp.float32 if exact else x.dtype
-    gate_up_bias, down_bias = experts.gate_up_bias, experts.down_bias
-    hidden = matmul.gate_up(x, experts.gate_up, gate_up_bias, experts.activation, pairs, plan)
-    y = matmul.down(hidden, experts.down, down_bias, pairs, plan, dtype)
-    num_experts = experts.gate_up.size("expert")
-    return dispatch.combine_pairs(y, pairs.ids, num_experts=num_experts, dtype=x.dtype)
+    y = matmul.mlp(experts, x, pairs, counters, plan, jnp.float32 if exact else x.dtype)
+    return dispatch.combine_pairs(y, pairs.ids, num_experts=_count(experts), dtype=x.dtype)
+
+
+def _count(experts: Any) -> int:
+    """The number of experts."""
+    return experts.gate_up.size("expert")

@@ -70,6 +70,23 @@ class Plan:
     gate_up: Config
     down: Config
 
+    def __post_init__(self) -> None:
+        if not self.is_one_kernel:
+            return
+        for name in ("heights", "num_warps", "registers"):
+            first, second = getattr(self.gate_up, name), getattr(self.down, name)
+            if first != second:
+                raise ValueError(f"both matmuls are one kernel: {name} {first} and {second} differ")
+
+    @property
+    def is_one_kernel(self) -> bool:
+        """Whether both matmuls are one kernel: the second begins where the first leaves room.
+
+        Not for pairs that are not sorted: that few programs end together, and what one waits for
+        takes longer to reach it than a kernel takes to start.
+        """
+        return self.sorted and self.gate_up.instruction != "dot"
+
 
 @dataclasses.dataclass(frozen=True)
 class Regime:
@@ -90,8 +107,8 @@ def _narrow(*heights: tuple[int, ...], tiles: int = 5, splits: int = 1) -> Confi
     return Config("mma", 64, heights, num_warps=4, stages=2, tiles=tiles, splits=splits)
 
 
-def _wide(*heights: tuple[int, ...], registers: int | None = None) -> Config:
-    return Config("wgmma", 128, heights, num_warps=4, stages=2, tiles=3, registers=registers)
+def _wide(*heights: tuple[int, ...], stages: int = 2, registers: int | None = None) -> Config:
+    return Config("wgmma", 128, heights, 4, stages, tiles=3, registers=registers)
 
 
 def _portable(outputs: int, tokens: int, num_warps: int) -> Plan:
@@ -100,7 +117,7 @@ def _portable(outputs: int, tokens: int, num_warps: int) -> Plan:
 
 
 # few enough registers for four programs a multiprocessor
-_FEWEST = _wide((16,), (32,), registers=128)
+_FEWEST = _wide((16,), (32,), stages=3, registers=128)
 _FEW = _wide((32,), (32, 8), (32, 16))
 _MEDIUM = _wide((64,), (64, 16), (64, 32))
 _LARGE = _wide((32,), (64,), (64, 32), (128,), (128, 8))

@@ -10,85 +10,10 @@ This module imports Triton: import it only where a lowering for CUDA needs it.
 # pyright: reportAssignmentType=false, reportIndexIssue=false
 # (what kernels are written in looks like Python, but its types are not)
 
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from moe_jax.kernels.tiled_matmul import epilogues, narrow, ring, schedule, wide
-
-
-@gluon.jit
-def _experts(E: gl.constexpr):
-    """0, 1, ... for E experts or more."""
-    PADDED: gl.constexpr = max(32, 1 << (E - 1).bit_length())
-    return gl.arange(0, PADDED, layout=gl.BlockedLayout([1], [32], [gl.num_warps()], [0]))
-
-
-@gluon.jit
-def _range(like, AXIS: gl.constexpr):
-    """The indices of an axis of a matrix."""
-    LAYOUT: gl.constexpr = gl.SliceLayout(1 - AXIS, like.type.layout)
-    return gl.arange(0, like.shape[AXIS], layout=LAYOUT)
-
-
-@triton.constexpr_function
-def _store_layout(warps):
-    """The layout in which rows are written: 8 neighbours a lane."""
-    return gl.BlockedLayout([1, 8], [8, 4], [warps, 1], [1, 0])
-
-
-@gluon.jit
-def _rows_to_read(block, TOKENS: gl.constexpr):
-    """The rows of a block of TOKENS, in the layout of reading them: i32 [TOKENS]."""
-    LAYOUT: gl.constexpr = gl.SliceLayout(1, ring.read_layout(gl.num_warps()))
-    return block.start + gl.arange(0, TOKENS, layout=LAYOUT)
-
-
-@gluon.jit
-def _rows_to_write(block, TOKENS: gl.constexpr):
-    """The rows of a block of TOKENS, in the layout of writing them: i32 [TOKENS]."""
-    LAYOUT: gl.constexpr = gl.SliceLayout(1, _store_layout(gl.num_warps()))
-    return block.start + gl.arange(0, TOKENS, layout=LAYOUT)
-
-
-@gluon.jit
-def _rows_of_parts(block, PARTS: gl.constexpr):
-    """The rows of each of a block's parts, as a tuple."""
-    rows = ()
-    for p in gl.static_range(len(PARTS)):
-        rows = rows + (_rows_to_read(schedule.part(block, PARTS, p), PARTS[p]),)
-    return rows
-
-
-@gluon.jit
-def _tile(
-    x, rows, words, scales, block,
-    IN: gl.constexpr, OUT: gl.constexpr, SPLITS: gl.constexpr, OUTPUTS: gl.constexpr,
-    PARTS: gl.constexpr, TILES: gl.constexpr, STAGES: gl.constexpr, INSTRUCTION: gl.constexpr,
-):  # fmt: skip
-    """The tile's sums by the instruction that the configuration names; see `narrow.tile`."""
-    gl.static_assert(INSTRUCTION == "wgmma" or INSTRUCTION == "mma")
-    if INSTRUCTION == "wgmma":
-        return wide.tile(
-            x, rows, words, scales, block, IN, OUT, SPLITS, OUTPUTS, PARTS, TILES, STAGES
-        )
-    else:
-        return narrow.tile(
-            x, rows, words, scales, block, IN, OUT, SPLITS, OUTPUTS, PARTS, TILES, STAGES
-        )
-
-
-@gluon.jit
-def _store_rows(out, values, row, block, OUT: gl.constexpr):
-    """Writes a block's values [OUTPUTS, TOKENS] to the rows of out [*, OUT], integers [TOKENS]."""
-    ROWS: gl.constexpr = _store_layout(gl.num_warps())
-    values = gl.permute(values.to(out.dtype.element_ty), [1, 0])
-    values = gl.convert_layout(values, ROWS)
-    m = gl.arange(0, values.shape[0], layout=gl.SliceLayout(1, ROWS))
-    n = gl.arange(0, values.shape[1], layout=gl.SliceLayout(0, ROWS))
-    n += block.column * values.shape[1]
-    inside = (m < block.count)[:, None] & (n < OUT)[None, :]
-    gl.store(out + (row.to(gl.int64) * OUT)[:, None] + n[None, :], values, mask=inside)
+from moe_jax.kernels.tiled_matmul import programs, schedule
 
 
 @gluon.jit(do_not_specialize=["num_pairs"])
@@ -119,30 +44,15 @@ def gate_up_kernel(
 ):
     """Each pair's token times its expert's weight, activated; sorted by expert where SORTED."""
     COLUMNS: gl.constexpr = (OUT + OUTPUTS - 1) // OUTPUTS
-    block = schedule.place(ids, group_sizes, num_pairs, E, SORTED, HEIGHTS, COLUMNS, 1, _experts)
+    block = schedule.place(
+        ids, group_sizes, num_pairs, E, SORTED, HEIGHTS, COLUMNS, 1, programs.experts
+    )
     if block.expert == E:
         return
-    for i in gl.static_range(len(HEIGHTS)):
-        if schedule.fits(block, HEIGHTS, i):
-            PARTS: gl.constexpr = HEIGHTS[i]
-            tokens = ()
-            for p in gl.static_range(len(PARTS)):
-                part = schedule.part(block, PARTS, p)
-                pair = schedule.pairs(order, _rows_to_read(part, PARTS[p]), part, SORTED)
-                tokens = tokens + (pair // K,)
-            totals = _tile(
-                x, tokens, words, scales, block,
-                IN, OUT, 1, OUTPUTS, PARTS, TILES, STAGES, INSTRUCTION,
-            )  # fmt: skip
-            for p in gl.static_range(len(PARTS)):
-                part = schedule.part(block, PARTS, p)
-                gate, up = epilogues.gate_and_up(totals[p])
-                n = 2 * (part.column * (OUTPUTS // 2) + _range(gate, 0))
-                values = epilogues.activated(
-                    gate, up, n, factor, bias, part, ALPHA, BETA, LIMIT, OUT
-                )
-                row = _rows_to_write(part, PARTS[p])
-                _store_rows(hidden, values, row, part, OUT // 2)
+    programs.gate_up(
+        x, words, scales, factor, bias, order, hidden, block, ALPHA, BETA, LIMIT,
+        IN, OUT, K, SORTED, OUTPUTS, HEIGHTS, TILES, STAGES, INSTRUCTION,
+    )  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=["num_pairs"])
@@ -172,29 +82,77 @@ def down_kernel(
     """The rows of `gate_up_kernel` times their expert's weight, weighted, in the order of pairs."""
     COLUMNS: gl.constexpr = (OUT + OUTPUTS - 1) // OUTPUTS
     block = schedule.place(
-        ids, group_sizes, num_pairs, E, SORTED, HEIGHTS, COLUMNS, SPLITS, _experts
+        ids, group_sizes, num_pairs, E, SORTED, HEIGHTS, COLUMNS, SPLITS, programs.experts
     )
     if block.expert == E:
         return
-    for i in gl.static_range(len(HEIGHTS)):
-        if schedule.fits(block, HEIGHTS, i):
-            PARTS: gl.constexpr = HEIGHTS[i]
-            totals = _tile(
-                hidden, _rows_of_parts(block, PARTS), words, scales, block,
-                IN, OUT, SPLITS, OUTPUTS, PARTS, TILES, STAGES, INSTRUCTION,
-            )  # fmt: skip
-            for p in gl.static_range(len(PARTS)):
-                part = schedule.part(block, PARTS, p)
-                total = epilogues.in_order(totals[p])
-                n = _range(total, 0) + part.column * OUTPUTS
-                total = epilogues.scaled(total, n, factor, part, OUT)
-                total = epilogues.biased(total, n, bias, part, OUT)
-                row = part.start + _range(total, 1)
-                pair = schedule.pairs(order, row, part, SORTED)
-                total *= gl.load(pair_weight + pair)[None, :]
-                pair = schedule.pairs(order, _rows_to_write(part, PARTS[p]), part, SORTED)
-                row = pair.to(gl.int64) * SPLITS + part.split
-                _store_rows(y, total, row, part, OUT)
+    programs.down(
+        hidden, words, scales, factor, bias, order, pair_weight, y, block, pair_weight, 0,
+        IN, OUT, SORTED, SPLITS, OUTPUTS, HEIGHTS, TILES, STAGES, INSTRUCTION,
+    )  # fmt: skip
+
+
+@gluon.jit(do_not_specialize=["num_pairs"])
+def layer_kernel(
+    x,  # bf16 [num_pairs // K, SIZE]
+    gate_up_words,
+    gate_up_scales,
+    gate_up_factor,  # f32 [E, 2 * INNER]
+    gate_up_bias,  # [E, 2 * INNER]
+    down_words,
+    down_scales,
+    down_factor,  # f32 [E, SIZE]
+    down_bias,  # [E, SIZE]
+    group_sizes,  # i32 [E]
+    order,  # i32 [num_pairs]
+    pair_weight,  # f32 [num_pairs]
+    _counters,  # where `counters` are, too
+    num_pairs,
+    counters,  # i32 [TICKETS + blocks], zeros: of tickets, and of each block's programs
+    hidden,  # bf16 [num_pairs, INNER]
+    y,  # [num_pairs * SPLITS, SIZE]
+    ALPHA: gl.constexpr,
+    BETA: gl.constexpr,
+    LIMIT: gl.constexpr,
+    SIZE: gl.constexpr,
+    INNER: gl.constexpr,
+    E: gl.constexpr,
+    K: gl.constexpr,
+    SPLITS: gl.constexpr,
+    TICKETS: gl.constexpr,
+    GATE_UP: gl.constexpr,
+    DOWN: gl.constexpr,
+):
+    """Both matmuls of sorted pairs: the second begins where the first leaves places free.
+
+    Programs take tickets: what a program waits for then belongs to programs that began before it,
+    whatever the order in which the GPU starts them. GATE_UP and DOWN are (outputs, heights, tiles,
+    stages, instruction).
+    """
+    UP_COLUMNS: gl.constexpr = (2 * INNER + GATE_UP[0] - 1) // GATE_UP[0]
+    COLUMNS: gl.constexpr = (SIZE + DOWN[0] - 1) // DOWN[0]
+    HEIGHTS: gl.constexpr = GATE_UP[1]
+    gl.static_assert(HEIGHTS == DOWN[1], "both must cut rows into the same blocks")
+    ticket = gl.atomic_add(counters, 1, sem="relaxed")
+    groups = schedule.groups(group_sizes, num_pairs, E, HEIGHTS, programs.experts)
+    blocks = gl.sum(groups[2], 0)
+    second = ticket - blocks * UP_COLUMNS
+    if second < 0:
+        block = schedule.sorted_block(ticket, groups, num_pairs, E, UP_COLUMNS, 1)
+        programs.gate_up(
+            x, gate_up_words, gate_up_scales, gate_up_factor, gate_up_bias, order, hidden, block,
+            ALPHA, BETA, LIMIT, SIZE, 2 * INNER, K, True,
+            GATE_UP[0], HEIGHTS, GATE_UP[2], GATE_UP[3], GATE_UP[4],
+        )  # fmt: skip
+        gl.barrier()  # all have written their rows
+        gl.atomic_add(counters + TICKETS + block.index, 1, sem="release")
+    elif second < blocks * (COLUMNS * SPLITS):
+        block = schedule.sorted_block(second, groups, num_pairs, E, COLUMNS, SPLITS)
+        programs.down(
+            hidden, down_words, down_scales, down_factor, down_bias, order, pair_weight, y, block,
+            counters + TICKETS + block.index, UP_COLUMNS, INNER, SIZE, True, SPLITS,
+            DOWN[0], HEIGHTS, DOWN[2], DOWN[3], DOWN[4],
+        )  # fmt: skip
 
 
 @gluon.jit(do_not_specialize=["num_rows"])
@@ -218,20 +176,11 @@ def rows_kernel(
     """Rows sorted by expert times their expert's weight. Rows past the sum are not written."""
     COLUMNS: gl.constexpr = (OUT + OUTPUTS - 1) // OUTPUTS
     block = schedule.place(
-        group_sizes, group_sizes, num_rows, E, True, HEIGHTS, COLUMNS, 1, _experts
+        group_sizes, group_sizes, num_rows, E, True, HEIGHTS, COLUMNS, 1, programs.experts
     )
     if block.expert == E:
         return
-    for i in gl.static_range(len(HEIGHTS)):
-        if schedule.fits(block, HEIGHTS, i):
-            PARTS: gl.constexpr = HEIGHTS[i]
-            totals = _tile(
-                x, _rows_of_parts(block, PARTS), words, scales, block,
-                IN, OUT, 1, OUTPUTS, PARTS, TILES, STAGES, INSTRUCTION,
-            )  # fmt: skip
-            for p in gl.static_range(len(PARTS)):
-                part = schedule.part(block, PARTS, p)
-                total = epilogues.in_order(totals[p])
-                n = _range(total, 0) + part.column * OUTPUTS
-                total = epilogues.scaled(total, n, factor, part, OUT)
-                _store_rows(result, total, _rows_to_write(part, PARTS[p]), part, OUT)
+    programs.rows(
+        x, words, scales, factor, result, block,
+        IN, OUT, OUTPUTS, HEIGHTS, TILES, STAGES, INSTRUCTION,
+    )  # fmt: skip

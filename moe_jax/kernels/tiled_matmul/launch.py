@@ -17,13 +17,74 @@ from moe_jax.kernels.tiled_matmul.configs import Config, Plan, Regime
 from moe_jax.quantization.tiled import TiledMXFP4
 from moe_jax.tagged import Tagged
 
+_TICKETS = 32
+"""Counters before those of blocks; see `hopper.layer_kernel`."""
+
 
 def plan(num_pairs: int, *weights: TiledMXFP4) -> Plan:
     """How so many rows are multiplied by weights of the same experts."""
     return configs.plan(_regimes(weights), num_pairs, weights[0].size("expert"))
 
 
-def gate_up(
+def num_counters(plan: Plan, num_pairs: int, num_experts: int) -> int:
+    """How many counters `mlp` needs, zeros; 0 for none."""
+    if not plan.is_one_kernel:
+        return 0
+    return _TICKETS + configs.num_blocks(plan.gate_up, num_pairs, num_experts)
+
+
+def mlp(
+    experts: Any,
+    x: jax.Array,
+    pairs: RoutedPairs,
+    counters: jax.Array,
+    plan: Plan,
+    dtype: Any,
+) -> jax.Array:
+    """Both matmuls of experts (a `GptOssMLP`), weighted: x [T, d] -> [P * splits, d] of `dtype`.
+
+    The result is in the order of pairs. A pair's row is the sum of its `splits` neighbours.
+    """
+    if not plan.is_one_kernel:
+        hidden = _gate_up(x, experts.gate_up, experts.gate_up_bias, experts.activation, pairs, plan)
+        return _down(hidden, experts.down, experts.down_bias, pairs, plan, dtype)
+    (num_tokens, size), inner = x.shape, experts.down.size("in")
+    num_pairs, num_experts = pairs.pair_weight.shape[0], experts.gate_up.size("expert")
+    first, second = configs.fit(plan.gate_up, size), configs.fit(plan.down, inner)
+    columns = -(-2 * inner // first.outputs) + -(-size // second.outputs) * second.splits
+    arrays = (
+        x,
+        *(*_arrays(experts.gate_up), experts.gate_up_bias.untag("expert", "out")),
+        *(*_arrays(experts.down), experts.down_bias.untag("expert", "out")),
+        *(pairs.group_sizes, pairs.order, pairs.pair_weight, counters),
+    )
+    results = (
+        jax.ShapeDtypeStruct(counters.shape, counters.dtype),
+        jax.ShapeDtypeStruct((num_pairs, inner), x.dtype),
+        jax.ShapeDtypeStruct((num_pairs * second.splits, size), dtype),
+    )
+    return _call(
+        _kernels(first).layer_kernel,
+        *arrays,
+        num_pairs,
+        out_type=results,
+        aliases={len(arrays) - 1: 0},
+        grid=(columns * configs.num_blocks(first, num_pairs, num_experts),),
+        num_warps=first.num_warps,
+        max_registers=first.registers,
+        SIZE=size,
+        INNER=inner,
+        E=num_experts,
+        K=num_pairs // num_tokens,
+        SPLITS=second.splits,
+        TICKETS=_TICKETS,
+        GATE_UP=_constants(first),
+        DOWN=_constants(second),
+        **_activation(experts.activation),
+    )[2]
+
+
+def _gate_up(
     x: jax.Array,
     weight: TiledMXFP4,
     bias: Tagged,
@@ -46,13 +107,11 @@ def gate_up(
         out_type=jax.ShapeDtypeStruct((num_pairs, weight.size("out") // 2), x.dtype),
         K=num_pairs // x.shape[0],
         SORTED=plan.sorted,
-        ALPHA=activation.alpha,
-        BETA=activation.beta,
-        LIMIT=activation.limit,
+        **_activation(activation),
     )
 
 
-def down(
+def _down(
     hidden: jax.Array,
     weight: TiledMXFP4,
     bias: Tagged,
@@ -60,7 +119,7 @@ def down(
     plan: Plan,
     dtype: Any,
 ) -> jax.Array:
-    """The rows of `gate_up` times their experts' weight, weighted: [P, in] -> [P * splits, out].
+    """The rows of `_gate_up` times their experts' weight, weighted: [P, in] -> [P * splits, out].
 
     The result is in the order of pairs. A pair's row is the sum of its `splits` neighbours.
     """
@@ -113,9 +172,7 @@ def _multiply(
     return _call(
         getattr(_kernels(config), kernel),
         rows,
-        weight.words.untag("expert", "tile_out", "tile_in", "lane", "word"),
-        weight.scales.untag("expert", "tile_out", "tile_in", "group"),
-        weight.factor.untag("expert", "out"),
+        *_arrays(weight),
         *others,
         num_rows,
         out_type=out_type,
@@ -132,6 +189,25 @@ def _multiply(
         STAGES=config.stages,
         **constants,
     )
+
+
+def _arrays(weight: TiledMXFP4) -> tuple[jax.Array, ...]:
+    """A weight's words, scales and factors."""
+    return (
+        weight.words.untag("expert", "tile_out", "tile_in", "lane", "word"),
+        weight.scales.untag("expert", "tile_out", "tile_in", "group"),
+        weight.factor.untag("expert", "out"),
+    )
+
+
+def _activation(activation: Activation) -> dict[str, float | None]:
+    """The constants of a SwiGLU."""
+    return {"ALPHA": activation.alpha, "BETA": activation.beta, "LIMIT": activation.limit}
+
+
+def _constants(config: Config) -> tuple[Any, ...]:
+    """What `hopper.layer_kernel` is told of a configuration."""
+    return config.outputs, config.heights, config.tiles, config.stages, config.instruction
 
 
 def _regimes(weights: tuple[TiledMXFP4, ...]) -> tuple[Regime, ...]:

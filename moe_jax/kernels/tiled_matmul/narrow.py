@@ -34,6 +34,8 @@ def tile(
     words,
     scales,
     block,
+    ready,
+    WANTED: gl.constexpr,
     IN: gl.constexpr,
     OUT: gl.constexpr,
     SPLITS: gl.constexpr,
@@ -49,6 +51,8 @@ def tile(
         rows: for each of PARTS, the rows of x that are its tokens, i32 [part].
         words, scales: the weights, tiled.
         block: a `schedule.Block`.
+        ready: a counter i32 ...
+        WANTED: ... of what must be done before x can be read; 0 if there is nothing to wait for.
 
     Returns:
         For each of PARTS, f32 [OUTPUTS, part]; rows as `weights.decode` leaves them. Columns past
@@ -60,6 +64,8 @@ def tile(
     RIGHT: gl.constexpr = gl.DotOperandLayout(1, PRODUCT, 2)
     words_at, scales_at = weights.addresses(words, scales, block, IN, OUT, SPLITS, OUTPUTS)
     packed, exponents = weights.load(words_at, scales_at, TILES)
+    if WANTED > 0:
+        gl.atomic_poll(ready, WANTED)  # weights are on their way meanwhile
     shared, x_at, inside = ring.begin(x, rows, block, IN, SPLITS, PARTS, TILES, STAGES)
     totals = ()
     for p in gl.static_range(len(PARTS)):

@@ -25,6 +25,7 @@ class Block(NamedTuple):
         count: how many rows there are.
         column: which outputs, in units of a program's outputs.
         split: which inputs, in units of a split.
+        index: the number of its block of rows.
     """
 
     expert: Any
@@ -32,6 +33,7 @@ class Block(NamedTuple):
     count: Any
     column: Any
     split: Any
+    index: Any
 
 
 @triton.constexpr_function
@@ -47,26 +49,59 @@ def tokens_before(parts, p):
 
 
 @triton.jit
-def _rows_of(
-    group_sizes, index, num_rows, E: tl.constexpr, TOKENS: tl.constexpr, EXPERTS: tl.constexpr
-):
-    """(expert, first row, rows) of the block of that index; E where there is no such block.
+def groups(group_sizes, num_rows, E: tl.constexpr, HEIGHTS: tl.constexpr, EXPERTS: tl.constexpr):
+    """(experts, their rows, their blocks of rows), each of E experts or more.
 
-    Every expert's rows are cut into as few blocks of at most TOKENS as there can be, of one size
-    but for the last. Sizes that are wrong reach no foreign memory.
+    Every expert's rows are cut into as few blocks as there can be, of one size but for the last.
+    Sizes that are wrong reach no foreign memory.
+
+    Args:
+        group_sizes: i32 [E], how many rows each expert has.
+        num_rows: of all experts.
+        EXPERTS: (E) -> 0, 1, ... of E experts or more, in the layout of the kernel's language.
     """
+    TOKENS: tl.constexpr = capacity(HEIGHTS, len(HEIGHTS) - 1)
     e = EXPERTS(E)
     sizes = tl.load(group_sizes + e, mask=e < E, other=0)
     sizes = tl.minimum(tl.maximum(sizes, 0), num_rows)
-    blocks = (sizes + TOKENS - 1) // TOKENS
+    return e, sizes, (sizes + TOKENS - 1) // TOKENS
+
+
+@triton.jit
+def _rows_of(groups, index, num_rows, E: tl.constexpr):
+    """(expert, first row, rows) of the block of that index; E where there is no such block."""
+    e, sizes, blocks = groups
     passed = tl.cumsum(blocks, 0) <= index
     expert = tl.minimum(tl.sum(passed.to(tl.int32), 0), E)
     size = tl.sum(tl.where(e == expert, sizes, 0), 0)
-    parts = tl.maximum((size + TOKENS - 1) // TOKENS, 1)
+    parts = tl.maximum(tl.sum(tl.where(e == expert, blocks, 0), 0), 1)
     rows = (size + parts - 1) // parts
     before = (index - tl.sum(tl.where(passed, blocks, 0), 0)) * rows
     start = tl.sum(tl.where(passed, sizes, 0), 0) + before
     return expert, start, tl.minimum(tl.minimum(size - before, rows), num_rows - start)
+
+
+@triton.jit
+def sorted_block(
+    program, groups, num_rows, E: tl.constexpr, COLUMNS: tl.constexpr, SPLITS: tl.constexpr
+):
+    """The `Block` of a program of that number, where rows are sorted by expert."""
+    column = program % COLUMNS
+    split = program // COLUMNS % SPLITS
+    index = program // COLUMNS // SPLITS
+    expert, start, count = _rows_of(groups, index, num_rows, E)
+    return Block(expert, start, count, column, split, index)
+
+
+@triton.jit
+def single_block(program, ids, E: tl.constexpr, COLUMNS: tl.constexpr, SPLITS: tl.constexpr):
+    """The `Block` of a program of that number, where every row of experts ids is a block."""
+    column = program % COLUMNS
+    split = program // COLUMNS % SPLITS
+    index = program // COLUMNS // SPLITS
+    expert = tl.load(ids + index)
+    expert = tl.where(expert < 0, E, tl.minimum(expert, E))
+    return Block(expert, index, 1, column, split, index)
 
 
 @triton.jit
@@ -81,26 +116,13 @@ def place(
     SPLITS: tl.constexpr,
     EXPERTS: tl.constexpr,
 ):
-    """The `Block` of this program.
-
-    Args:
-        ids: i32 [num_rows], the experts of rows that are not sorted.
-        group_sizes: i32 [E], how many rows each expert has where they are sorted.
-        num_rows: of all experts.
-        EXPERTS: (E) -> 0, 1, ... of E experts or more, in the layout of the kernel's language.
-    """
+    """The `Block` of this program; see `groups`, `sorted_block` and `single_block`."""
     program = tl.program_id(0)
-    column = program % COLUMNS
-    split = program // COLUMNS % SPLITS
-    index = program // COLUMNS // SPLITS
     if SORTED:
-        TOKENS: tl.constexpr = capacity(HEIGHTS, len(HEIGHTS) - 1)
-        expert, start, count = _rows_of(group_sizes, index, num_rows, E, TOKENS, EXPERTS)
+        cut = groups(group_sizes, num_rows, E, HEIGHTS, EXPERTS)
+        return sorted_block(program, cut, num_rows, E, COLUMNS, SPLITS)
     else:
-        expert = tl.load(ids + index)
-        expert = tl.where(expert < 0, E, tl.minimum(expert, E))
-        start, count = index, 1
-    return Block(expert, start, count, column, split)
+        return single_block(program, ids, E, COLUMNS, SPLITS)
 
 
 @triton.jit
@@ -115,7 +137,14 @@ def fits(block, HEIGHTS: tl.constexpr, i: tl.constexpr):
 def part(block, PARTS: tl.constexpr, p: tl.constexpr):
     """The `Block` of the p-th of the parts that a height is the sum of."""
     first = tokens_before(PARTS, p)
-    return Block(block.expert, block.start + first, block.count - first, block.column, block.split)
+    return Block(
+        block.expert,
+        block.start + first,
+        block.count - first,
+        block.column,
+        block.split,
+        block.index,
+    )
 
 
 @triton.jit

@@ -55,6 +55,8 @@ def tile(
     words,
     scales,
     block,
+    ready,
+    WANTED: gl.constexpr,
     IN: gl.constexpr,
     OUT: gl.constexpr,
     SPLITS: gl.constexpr,
@@ -68,6 +70,8 @@ def tile(
     LEFT: gl.constexpr = _operand_layout(gl.num_warps(), PARTS[0])
     words_at, scales_at = weights.addresses(words, scales, block, IN, OUT, SPLITS, OUTPUTS)
     packed, exponents = weights.load(words_at, scales_at, TILES)
+    if WANTED > 0:
+        gl.atomic_poll(ready, WANTED)  # weights are on their way meanwhile
     shared, x_at, inside = ring.begin(x, rows, block, IN, SPLITS, PARTS, TILES, STAGES)
     totals = ()
     for p in gl.static_range(len(PARTS)):
