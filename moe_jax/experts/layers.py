@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from moe_jax.activations import GPT_OSS_ACTIVATION, Activation
 from moe_jax.experts.base import Expert, Rows
-from moe_jax.quantization.tiled import Packed
+from moe_jax.quantization.packed import Packed
 from moe_jax.tagged import Tagged
 
 type Weight = Tagged | Packed
