@@ -23,7 +23,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
-from moe_jax.quantization.packed import Packed, is_packed
+from moe_jax.quantization.packed import Packed
 from moe_jax.tagged import Tagged, is_tagged
 
 
@@ -95,7 +95,7 @@ def apply_experts(experts: Any, x: Tagged, rows: Rows) -> Tagged:
 
 def decoded(weight: Tagged | Packed, dtype: Any) -> Tagged:
     """The weight as floats of `dtype`. Raises TypeError where it holds integers."""
-    if is_packed(weight):
+    if isinstance(weight, Packed):
         return weight.dequantize(dtype)
     if not jnp.issubdtype(weight.dtype, jnp.floating):
         raise TypeError(f"weights must be floats or packed, got {weight.dtype} {weight}")

@@ -58,9 +58,7 @@ class PackedIntegers(Packed):
     def sizes(self) -> dict[str, int]:
         """The size of each logical axis by name."""
         sizes = self.check().scales.sizes
-        return {n: sizes[n] for n in self.axes[:-1]} | {
-            self.axis: sizes["group"] * self.group_size
-        }
+        return {n: sizes[n] for n in self.axes[:-1]} | {self.axis: sizes["group"] * self.group_size}
 
     @property
     def group_size(self) -> int:
@@ -127,7 +125,7 @@ def quantize_integers(
     axis: str = "in",
     zero_points: bool = False,
 ) -> PackedIntegers:
-    """Encodes floats {..., in}, each to the nearest of its group's numbers, ties to even codes.
+    """Encodes floats {..., in} as round(x / scale) + zero point, ties to even, within the codes.
 
     Without zero points a group's scale is the largest magnitude / (2^(bits - 1) - 1). With them it
     is (largest - least) / (2^bits - 1), of the numbers and zero, so that zero is always exact. A
@@ -217,7 +215,8 @@ def _ranges(x: jax.Array, bits: int, zero_points: bool) -> tuple[jax.Array, jax.
     """Scales and zero points, float32 {..., group}, of float32 {..., group, element}."""
     if zero_points:
         least, largest = jnp.minimum(x.min(-1), 0), jnp.maximum(x.max(-1), 0)
-        scales = divide(largest - least, jnp.float32(2**bits - 1))
+        half = largest * 0.5 - least * 0.5  # the whole may be more than float32 can hold
+        scales = divide(half, jnp.float32((2**bits - 1) / 2))
     else:
         least, largest = x.min(-1), jnp.abs(x).max(-1)
         scales = divide(largest, jnp.float32(2 ** (bits - 1) - 1))

@@ -157,8 +157,8 @@ def quantize_nvfp4(
     lead = tuple(n for n in w.axes if n != axis)
     if global_scale is None:
         global_scale = nvfp4_global_scale(w, tuple(n for n in per if n in lead))
-    check_dtypes("NVFP4", global_scale=(global_scale, np.float32))
     _check_global_scale(global_scale, {n: w.size(n) for n in lead})
+    check_dtypes("NVFP4", global_scale=(global_scale, np.float32))
     x = w.untag(*lead, axis).astype(jnp.float32)
     x = x.reshape(*x.shape[:-1], x.shape[-1] // NVFP4_BLOCK_SIZE, NVFP4_BLOCK_SIZE)
     amax = jnp.abs(x).max(-1)
@@ -232,6 +232,8 @@ def _nearest_codes(ratios: jax.Array) -> jax.Array:
 
 
 def _check_global_scale(global_scale: Tagged, lead: dict[str, int]) -> None:
+    if not isinstance(global_scale, Tagged):
+        raise TypeError(f"the global scale must be Tagged, got {type(global_scale).__name__}")
     sizes = global_scale.sizes
     if not sizes.items() <= lead.items():
         raise ValueError(
