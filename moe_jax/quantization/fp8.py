@@ -23,7 +23,8 @@ LARGEST = 448.0
 
 def to_fp8(x: jax.Array) -> jax.Array:
     """float32 -> float8_e4m3fn, to the nearest, ties to even; saturates, and NaN stays NaN."""
-    return jnp.clip(x, -LARGEST, LARGEST).astype(jnp.float8_e4m3fn)
+    limited = jnp.where(jnp.isnan(x), x, jnp.clip(x, -LARGEST, LARGEST))
+    return limited.astype(jnp.float8_e4m3fn)
 
 
 @jax.custom_jvp

@@ -220,7 +220,7 @@ def _ranges(x: jax.Array, bits: int, zero_points: bool) -> tuple[jax.Array, jax.
     else:
         least, largest = x.min(-1), jnp.abs(x).max(-1)
         scales = divide(largest, jnp.float32(2 ** (bits - 1) - 1))
-    known = jnp.isfinite(largest) & jnp.isfinite(least)
+    known = jnp.isfinite(x).all(-1)  # XLA's maximum need not be NaN where an element is
     scales = jnp.where(known, jnp.where(scales >= _LEAST_SCALE, scales, 0), jnp.nan)
     if not zero_points:
         return scales, jnp.full_like(scales, 2 ** (bits - 1))

@@ -161,10 +161,8 @@ def quantize_nvfp4(
     check_dtypes("NVFP4", global_scale=(global_scale, np.float32))
     x = w.untag(*lead, axis).astype(jnp.float32)
     x = x.reshape(*x.shape[:-1], x.shape[-1] // NVFP4_BLOCK_SIZE, NVFP4_BLOCK_SIZE)
-    amax = jnp.abs(x).max(-1)
-    scales_like = Tagged(amax, (*lead, "block"))
-    factor = global_scale.expand_to(scales_like)
-    scales = _block_scales(amax, factor)
+    factor = global_scale.expand_to(Tagged(x[..., 0], (*lead, "block")))
+    scales = _block_scales(x, factor)
     step = _from_e4m3_bits(scales) * factor
     codes = _nearest_codes(divide(jnp.abs(x), step[..., None]))
     codes |= jnp.signbit(x).astype(jnp.uint8) << 3
@@ -211,11 +209,12 @@ def _fake_quantize_jvp(
     return fake_quantize_nvfp4(w, axis, global_scale, per), tangents[0]
 
 
-def _block_scales(amax: jax.Array, factor: jax.Array) -> jax.Array:
-    """The bits of the E4M3 scales, uint8, of float32 magnitudes {..., block}."""
-    scales = divide(divide(amax, jnp.float32(_LARGEST_CODE)), factor)
+def _block_scales(x: jax.Array, factor: jax.Array) -> jax.Array:
+    """The bits of the E4M3 scales, uint8 {..., block}, of float32 {..., block, element}."""
+    scales = divide(divide(jnp.abs(x).max(-1), jnp.float32(_LARGEST_CODE)), factor)
     bits = lax.bitcast_convert_type(to_fp8(jnp.maximum(scales, _LEAST_SCALE)), jnp.uint8)
-    return jnp.where(jnp.isfinite(amax), bits, jnp.uint8(_NAN_SCALE))
+    # asked of the elements: XLA's maximum need not be NaN where one of them is
+    return jnp.where(jnp.isfinite(x).all(-1), bits, jnp.uint8(_NAN_SCALE))
 
 
 def _from_e4m3_bits(bits: jax.Array) -> jax.Array:
