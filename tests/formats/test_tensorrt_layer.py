@@ -253,7 +253,9 @@ class TestConversion:
         with pytest.raises(FormatError, match="quantization_to_type is FP"):
             to_gpt_oss(from_experts(experts))
 
-    def test_refusals_name_what_cannot_be_said(self, rng):
+    def test_refusals_name_what_cannot_be_said(self, rng, record_property):
+        record_property("bad_input", "export asked of a thing the target op cannot say")
+
         @jax.tree_util.register_dataclass
         @dataclasses.dataclass(frozen=True)
         class Other:
