@@ -1,0 +1,1 @@
+"""Layers as ONNX nodes, and back. Needs the package onnx: `pip install moe-jax[onnx]`."""
