@@ -24,18 +24,18 @@ _NAN_SCALE = 255
 
 @runtime_checkable
 class IntegerWeight(Protocol):
-    """A weight of integers: (codes - zero_points) x scales, along rows or blocks of `in`.
+    """A weight {expert, out, in} of integers: (code - zero point) x scale, in groups along `in`.
 
     Attributes:
-        codes: uint8 {expert, out, in}, one code a byte.
-        scales: floats {expert, out} or {expert, out, block}.
-        zero_points: uint8 as `scales`, or None for 2^(bits - 1).
+        codes: uint8 {expert, out, group, byte}, 8 / bits codes a byte, the lowest bits first.
+        scales: floats {expert, out, group}; one group for a scale a row.
+        zero_points: uint8 {expert, out, group}, one a byte, or None for 2^(bits - 1).
         bits: of a code.
     """
 
-    codes: Tagged
-    scales: Tagged
-    zero_points: Tagged | None
+    codes: Any
+    scales: Any
+    zero_points: Any
     bits: int
 
 
@@ -45,25 +45,33 @@ class Matrix:
 
     Attributes:
         values: floats [expert, out, in], or codes, uint8, one a byte.
-        scales: float32 [expert, out, block], or None for floats.
-        zero_points: uint8 [expert, out, block], or None for 2^(bits - 1).
+        scales: floats [expert, out, group], one group where a row has one; None for floats.
+        zero_points: uint8 [expert, out, group], or None for 2^(bits - 1).
         bits: of a code; 0 for floats.
-        block_size: codes that share a scale; 0 for whole rows.
     """
 
     values: np.ndarray
     scales: np.ndarray | None = None
     zero_points: np.ndarray | None = None
     bits: int = 0
-    block_size: int = 0
 
     @property
     def shape(self) -> tuple[int, ...]:
         return self.values.shape
 
     @property
+    def groups(self) -> int:
+        """Groups of a row."""
+        return 1 if self.scales is None else self.scales.shape[-1]
+
+    @property
+    def group_size(self) -> int:
+        """Codes that share a scale."""
+        return self.shape[-1] // self.groups
+
+    @property
     def _form(self) -> tuple[Any, ...]:
-        return self.values.dtype, self.bits, self.block_size, self.zero_points is None
+        return self.values.dtype, self.bits, self.groups, self.zero_points is None
 
     def rows(self, index: np.ndarray) -> Self:
         """The rows `index` of every expert, in that order."""
@@ -80,7 +88,7 @@ class Matrix:
             None if a is None or b is None else np.concatenate([a, b], 1)
             for a, b in zip(self._arrays(), other._arrays(), strict=True)
         ]
-        return Matrix(parts[0], *parts[1:], self.bits, self.block_size)  # type: ignore[arg-type]
+        return Matrix(parts[0], *parts[1:], self.bits)  # type: ignore[arg-type]
 
     def dequantize(self) -> np.ndarray:
         """The floats that codes stand for, float32 [expert, out, in]."""
@@ -96,9 +104,10 @@ class Matrix:
         """For messages."""
         if not self.bits:
             return f"{self.values.dtype} {list(self.shape)}"
-        blocks = f"blocks of {self.block_size}" if self.block_size else "rows"
         zero = "without" if self.zero_points is None else "with"
-        return f"{self.bits}-bit {list(self.shape)} in {blocks} {zero} zero points"
+        return (
+            f"{self.bits}-bit {list(self.shape)} in groups of {self.group_size} {zero} zero points"
+        )
 
     def _arrays(self) -> tuple[np.ndarray | None, ...]:
         return self.values, self.scales, self.zero_points
@@ -195,12 +204,12 @@ def _from_mxfp4(name: str, weight: BlockScaled) -> Matrix:
     codes = np.stack([blocks & 15, blocks >> 4], -1).reshape(*blocks.shape[:2], -1)
     values = (_TWICE_E2M1 + _ZERO_POINT).astype(np.uint8)[codes]
     powers = np.ldexp(np.float32(1), scales.astype(np.int32) - 128)
-    return Matrix(values, powers.astype(np.float32), None, 8, BLOCK_SIZE)
+    return Matrix(values, powers.astype(np.float32), None, 8)
 
 
 def _to_mxfp4(matrix: Matrix) -> BlockScaled:
     known = np.isin(matrix.values.astype(np.int32) - _ZERO_POINT, _TWICE_E2M1).all()
-    if (matrix.bits, matrix.block_size) != (8, BLOCK_SIZE) or matrix.scales is None or not known:
+    if (matrix.bits, matrix.group_size) != (8, BLOCK_SIZE) or matrix.scales is None or not known:
         raise FormatError(f"not MXFP4 as 8-bit integers in blocks of 32: {matrix.describe()}")
     fractions, exponents = np.frexp(matrix.scales.astype(np.float32))
     bytes_ = exponents + 127  # frexp's fraction of a power of two is 1/2
@@ -221,20 +230,18 @@ def _to_mxfp4(matrix: Matrix) -> BlockScaled:
 
 
 def _from_integers(name: str, weight: IntegerWeight) -> Matrix:
-    codes = numpy_of(weight.codes, "expert", "out", "in")
-    by_block = "block" in weight.scales.axes
-    axes = ("expert", "out", "block") if by_block else ("expert", "out")
-
-    def per_block(value: Tagged) -> np.ndarray:
-        array = numpy_of(value, *axes)
-        return array if by_block else array[..., None]
-
-    scales = per_block(weight.scales).astype(np.float32)
-    blocks = scales.shape[-1]
-    if scales.shape[:2] != codes.shape[:2] or codes.shape[-1] % blocks:
-        raise FormatError(
-            f"{name}: {weight.scales} are no scales of codes {weight.codes} in equal blocks"
-        )
-    zero = None if weight.zero_points is None else per_block(weight.zero_points)
-    block_size = codes.shape[-1] // blocks if by_block else 0
-    return Matrix(codes, scales, zero, weight.bits, block_size)
+    packed = numpy_of(weight.codes, "expert", "out", "group", "byte")
+    scales = numpy_of(weight.scales, "expert", "out", "group")
+    if scales.dtype.name == "bfloat16":  # the CPU kernels lack it, and float32 holds it
+        scales = scales.astype(np.float32)
+    if weight.bits not in (2, 4, 8) or packed.dtype != np.uint8:
+        raise FormatError(f"{name} must be uint8 codes of 2, 4 or 8 bits, got {weight.bits} bits")
+    if scales.shape != packed.shape[:-1]:
+        raise FormatError(f"{name}: {weight.scales} are no scales of codes {weight.codes}")
+    codes = unpack(packed, weight.bits, packed.shape[-1] * 8 // weight.bits)
+    zero = None
+    if weight.zero_points is not None:
+        zero = numpy_of(weight.zero_points, "expert", "out", "group")
+        if zero.shape != scales.shape or (zero >> (weight.bits - 1) > 1).any():
+            raise FormatError(f"{name}: {weight.zero_points} are no zero points of {weight.codes}")
+    return Matrix(codes.reshape(*codes.shape[:2], -1), scales, zero, weight.bits)

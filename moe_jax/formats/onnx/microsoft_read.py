@@ -315,7 +315,7 @@ def _integers(found: Found, attributes: dict[str, Any], name: str, packed: np.nd
             )
         zero = unpack(zero, bits, row).reshape(*lead, blocks)
     scales = scales.reshape(*lead, blocks)
-    return Matrix(unpack(packed, bits, inputs), scales, zero, bits, size)
+    return Matrix(unpack(packed, bits, inputs), scales, zero, bits)
 
 
 def _input(found: Found, name: str) -> str:

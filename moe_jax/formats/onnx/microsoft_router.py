@@ -27,8 +27,7 @@ from moe_jax.routing import Router
 from moe_jax.tagged import Tagged
 
 _FLOAT32 = np.dtype(np.float32)
-_SCORES = {"softmax": "Softmax", "sigmoid": "Sigmoid"}
-_SCORE_OF = {operator: score for score, operator in _SCORES.items()}
+_SCORES = ("softmax", "sigmoid")
 _PASSING = ("Cast", "Identity", "Reshape", "Flatten", "Squeeze", "Unsqueeze")
 
 
@@ -107,7 +106,7 @@ def export_router(
         return graph
     output = f"{prefix}router_logits"
     logits = _logits(graph, prefix, x, weight, bias, is_cast=cast, output=output)
-    scores = _add(graph, _SCORES[router.score], [logits], f"{prefix}router_scores")
+    scores = _scores(graph, prefix, logits, router.score)
     # the order of logits is that of their scores, and has fewer ties
     by_score = router.order == "before_top_k" and selection_bias is not None
     select = scores if by_score else logits
@@ -179,19 +178,13 @@ def read_router(
         if normalize:
             return Router(), None, logits
         return Router(order="before_top_k"), None, logits
-    scorer = found.producers.get(_pass(found, weights))
-    if scorer is None or scorer.op_type not in _SCORE_OF or not _is_over_experts(scorer):
-        raise FormatError(
-            f"{describe(found.node)}: router_weights must be a Sigmoid or Softmax of logits"
-        )
-    source, scores = _pass(found, scorer.input[0]), scorer.output[0]
+    score, source, scores = _read_scores(found, _pass(found, weights))
     selection, bias = _without_bias(found, _pass(found, logits), (source, scores))
     if selection not in (source, scores):
         raise FormatError(
             f"{describe(found.node)}: router_probs must be the logits of router_weights, or their "
             f"scores, with or without a constant bias"
         )
-    score = _SCORE_OF[scorer.op_type]
     return _named(found, score, selection == scores, bias, normalize), bias, source
 
 
@@ -205,6 +198,51 @@ def canonical(router: Router, biased: bool) -> Router:
     if router.score == "sigmoid" and not biased:
         return dataclasses.replace(router, order="before_top_k")
     return router
+
+
+def _scores(graph: RouterGraph, prefix: str, logits: str, score: str) -> str:
+    """The scores of all experts. onnxruntime's Sigmoid is off by 1e-7, all there is at -16."""
+    name = f"{prefix}router_scores"
+    if score == "softmax":
+        return _add(graph, "Softmax", [logits], name)
+    one = _constant(graph, f"{prefix}router_one", np.ones(1, np.float32))
+    power = _add(graph, "Neg", [logits], f"{name}_negative")
+    power = _add(graph, "Exp", [power], f"{name}_exp")
+    return _add(graph, "Reciprocal", [_add(graph, "Add", [power, one], f"{name}_inverse")], name)
+
+
+def _read_scores(found: Found, weights: str) -> tuple[str, str, str]:
+    """Score, the value of the logits and that of the scores, of which `weights` are made."""
+    made = found.producers.get(weights)
+    if made is not None and made.op_type == "Softmax" and _is_over_experts(made):
+        return "softmax", _pass(found, made.input[0]), weights
+    if made is not None and made.op_type == "Sigmoid":
+        return "sigmoid", _pass(found, made.input[0]), weights
+    inverse = found.producers.get(made.input[0]) if made is not None else None
+    if made is not None and made.op_type == "Reciprocal" and inverse is not None:
+        chain = [inverse, *_chain(found, inverse, ("Exp", "Neg"))]
+        one = [found.constant_named(n) for n in inverse.input]
+        if (
+            inverse.op_type == "Add"
+            and len(chain) == 3
+            and any(v is not None and (v == 1).all() for v in one)
+        ):
+            return "sigmoid", _pass(found, chain[-1].input[0]), weights
+    raise FormatError(
+        f"{describe(found.node)}: router_weights must be a sigmoid or Softmax of logits"
+    )
+
+
+def _chain(found: Found, start: NodeProto, operators: tuple[str, ...]) -> list[NodeProto]:
+    """The nodes of these operators that lead to `start`, the last first, as far as they go."""
+    nodes = []
+    for operator in operators:
+        makers = [found.producers.get(name) for name in start.input]
+        start = next((m for m in makers if m is not None and m.op_type == operator), start)
+        if start.op_type != operator:
+            break
+        nodes.append(start)
+    return nodes
 
 
 def _is_over_experts(scorer: NodeProto) -> bool:

@@ -213,16 +213,12 @@ def _check_widths(matrices: ExpertMatrices, target: Target) -> None:
             f"QMoE needs all weights as integers, got fc1 {first.describe()} and fc2 "
             f"{second.describe()}"
         )
-    if first.block_size != second.block_size:
-        raise FormatError(
-            f"QMoE has one block_size, got {first.block_size} in fc1 and {second.block_size} in fc2"
-        )
+    size = _block_size(matrices)
     if first.bits != second.bits and not target.mixed_widths:
         raise FormatError(
             f"{target.name} need one expert_weight_bits, got {first.bits} in fc1 and "
             f"{second.bits} in fc2"
         )
-    size = first.block_size
     if size and (size < 16 or size & (size - 1)):
         raise FormatError(f"block_size must be a power of two and at least 16, got {size}")
     for name, matrix in (("fc1", first), ("fc2", second)):
@@ -238,6 +234,18 @@ def _check_widths(matrices: ExpertMatrices, target: Target) -> None:
             )
 
 
+def _block_size(matrices: ExpertMatrices) -> int:
+    """`block_size`, 0 where each row has one scale. Raises FormatError where there is not one."""
+    first, second = matrices.fc1.weight, matrices.fc2.weight
+    if first.groups == second.groups == 1:
+        return 0
+    if first.group_size != second.group_size:
+        raise FormatError(
+            f"QMoE has one block_size, got {first.group_size} in fc1 and {second.group_size} in fc2"
+        )
+    return first.group_size
+
+
 def _attributes(matrices: ExpertMatrices) -> dict[str, Any]:
     activation = matrices.activation
     attributes: dict[str, Any] = {"activation_type": ACTIVATION_TYPES[activation.kind]}
@@ -249,8 +257,7 @@ def _attributes(matrices: ExpertMatrices) -> dict[str, Any]:
         attributes["expert_weight_bits"] = first.bits
         if second.bits != first.bits:
             attributes["fc2_expert_weight_bits"] = second.bits
-        if first.block_size:
-            attributes["block_size"] = first.block_size
+        attributes["block_size"] = _block_size(matrices) or None
     return attributes
 
 
@@ -261,16 +268,15 @@ def _tensors(matrices: ExpertMatrices) -> dict[str, np.ndarray]:
         key: array
         for name, part in parts.items()
         if part is not None
-        for key, array in _linear_tensors(name, part).items()
+        for key, array in _linear_tensors(name, part, not _block_size(matrices)).items()
     }
 
 
-def _linear_tensors(name: str, part: Linear) -> dict[str, np.ndarray]:
+def _linear_tensors(name: str, part: Linear, row_wise: bool) -> dict[str, np.ndarray]:
     weight = part.weight
     found = {} if part.bias is None else {f"{name}_experts_bias": part.bias}
     if weight.scales is None:
         return {f"{name}_experts_weights": weight.values, **found}
-    row_wise = not weight.block_size
     found[f"{name}_experts_weights"] = pack(weight.values, weight.bits)
     found[f"{name}_scales"] = weight.scales[..., 0] if row_wise else weight.scales
     if weight.zero_points is not None:
