@@ -211,7 +211,8 @@ class Found:
             return array.transpose(options.get("perm"))
         cast = array.astype(onnx.helper.tensor_dtype_to_np_dtype(options["to"]))
         # what a cast keeps is the same number in the smaller type
-        return array if (cast.astype(array.dtype) == array).all() else cast
+        kept = (cast.astype(array.dtype) == array) | (array != array)
+        return array if kept.all() else cast
 
     def constant(self, position: int, meaning: str) -> np.ndarray | None:
         """The value of an input, None where the input is not given.

@@ -19,7 +19,7 @@ from moe_jax.formats.onnx.microsoft_experts import (
     from_matrices,
 )
 from moe_jax.formats.onnx.microsoft_matrices import Matrix, unpack
-from moe_jax.formats.onnx.microsoft_router import (
+from moe_jax.formats.onnx.microsoft_router_read import (
     canonical,
     read_linear,
     read_router,
