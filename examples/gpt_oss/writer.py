@@ -22,7 +22,7 @@ from moe_jax.activations import GPT_OSS_ACTIVATION
 from moe_jax.checkpoint import INDEX_FILE, SINGLE_FILE
 from moe_jax.experts.prepare import restore_experts
 from moe_jax.quantization.mxfp4 import BLOCK_SIZE, BlockScaled
-from moe_jax.quantization.tiled import Packed
+from moe_jax.quantization.packed import Packed
 from moe_jax.tagged import Tagged
 
 MAX_SHARD_BYTES = 4_800_000_000
