@@ -10,7 +10,6 @@ import os
 os.environ["ORT_QMOE_CPU_QNBIT_GEMM"] = "fp32"
 
 import core_oracle
-import jax
 import jax.numpy as jnp
 import numpy as np
 import onnx
@@ -18,8 +17,9 @@ import onnxruntime
 from flax import nnx
 
 import moe_jax
-from moe_jax import Router, Tagged, tag
+from moe_jax import Router, tag
 from moe_jax.activations import Activation
+from moe_jax.quantization import PackedIntegers
 
 ORT = f"onnxruntime {onnxruntime.__version__}"
 
@@ -32,17 +32,6 @@ PLAIN = {
 }
 SILU, DEFAULT_ROUTER = Activation("silu"), Router()
 GATED = {"geglu": "gelu", "geglu_tanh": "gelu_tanh", "reglu": "relu"}
-
-
-@jax.tree_util.register_dataclass
-@dataclasses.dataclass(frozen=True, eq=False)
-class Integers:
-    """Integer weights with the leaves that the export asks for."""
-
-    codes: Tagged
-    scales: Tagged
-    zero_points: Tagged | None
-    bits: int = dataclasses.field(metadata={"static": True})
 
 
 @dataclasses.dataclass
@@ -80,7 +69,7 @@ def integer_weight(rng, shape, bits, group_size=None, zero_points=False):
     zero = rng.integers(3 * 2**bits // 8, 5 * 2**bits // 8 + 1, codes.shape[:3])
     centre = zero[..., None] if zero_points else 2 ** (bits - 1)
     floats = (codes - centre) * scales.astype(np.float64)[..., None]
-    ours = Integers(
+    ours = PackedIntegers(
         tag(pack_bits(codes, bits), "expert", "out", "group", "byte"),
         tag(scales, "expert", "out", "group"),
         tag(zero.astype(np.uint8), "expert", "out", "group") if zero_points else None,

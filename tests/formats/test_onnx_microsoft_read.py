@@ -172,14 +172,15 @@ def qmodel(rng, constants, inputs=QINPUTS, router=None, **attributes):
 @pytest.mark.parametrize("zero_points", [False, True])
 @pytest.mark.parametrize("group", [None, 16])
 @pytest.mark.parametrize("bits", [2, 4, 8])
-def test_integers_become_the_floats_they_stand_for(rng, bits, group, zero_points):
+def test_integers_are_read_as_they_are(rng, bits, group, zero_points):
     constants, floats = quantised(rng, bits, group, zero_points)
     inputs = [*QINPUTS, *[""] * 4, "fc1_zero", "fc2_zero"] if zero_points else QINPUTS
     model = qmodel(rng, constants, inputs, expert_weight_bits=bits, block_size=group)
     layer = microsoft.read(model)["layer"]
     experts = experts_of(layer)
-    np.testing.assert_allclose(array(experts.up), floats["fc1"], rtol=1e-7)
-    np.testing.assert_allclose(array(experts.down), floats["fc2"], rtol=1e-7)
+    for weight, meant in ((experts.up, floats["fc1"]), (experts.down, floats["fc2"])):
+        assert weight.bits == bits and weight.codes.dtype == np.uint8
+        np.testing.assert_allclose(array(weight.dequantize(jnp.float32)), meant, rtol=1e-7)
     check_same_result(rng, layer, model)
 
 

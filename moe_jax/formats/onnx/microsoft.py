@@ -17,7 +17,6 @@ Where onnxruntime's CPU kernels (1.31.1) compute otherwise than the layer does h
     - Equal logits go to the expert with the highest index there, to the lowest here.
 """
 
-from moe_jax.formats.onnx.microsoft_matrices import IntegerWeight as IntegerWeight
 from moe_jax.formats.onnx.microsoft_read import Node as Node
 from moe_jax.formats.onnx.microsoft_read import read as read
 from moe_jax.formats.onnx.microsoft_read import read_experts as read_experts

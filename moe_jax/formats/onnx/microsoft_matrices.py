@@ -6,13 +6,14 @@ the operator's own fp4 runs on some GPUs only.) Only the sign of zero is lost.
 """
 
 import dataclasses
-from typing import Any, Protocol, Self, runtime_checkable
+from typing import Any, Self
 
 import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.activations import Layout
 from moe_jax.formats.errors import FormatError
+from moe_jax.quantization.integer import PackedIntegers
 from moe_jax.quantization.mxfp4 import BLOCK_SIZE, BlockScaled
 from moe_jax.quantization.tiled import TiledMXFP4
 from moe_jax.tagged import Tagged, is_tagged, tag
@@ -20,23 +21,6 @@ from moe_jax.tagged import Tagged, is_tagged, tag
 _TWICE_E2M1 = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12])
 _ZERO_POINT = 128
 _NAN_SCALE = 255
-
-
-@runtime_checkable
-class IntegerWeight(Protocol):
-    """A weight {expert, out, in} of integers: (code - zero point) x scale, in groups along `in`.
-
-    Attributes:
-        codes: uint8 {expert, out, group, byte}, 8 / bits codes a byte, the lowest bits first.
-        scales: floats {expert, out, group}; one group for a scale a row.
-        zero_points: uint8 {expert, out, group}, one a byte, or None for 2^(bits - 1).
-        bits: of a code.
-    """
-
-    codes: Any
-    scales: Any
-    zero_points: Any
-    bits: int
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -90,16 +74,6 @@ class Matrix:
         ]
         return Matrix(parts[0], *parts[1:], self.bits)  # type: ignore[arg-type]
 
-    def dequantize(self) -> np.ndarray:
-        """The floats that codes stand for, float32 [expert, out, in]."""
-        if self.scales is None:
-            return self.values
-        zero = 1 << (self.bits - 1) if self.zero_points is None else self.zero_points
-        blocks = self.values.reshape(*self.scales.shape, -1).astype(np.int32)
-        centred = blocks - (zero if isinstance(zero, int) else zero.astype(np.int32)[..., None])
-        floats = centred.astype(np.float32) * self.scales.astype(np.float32)[..., None]
-        return floats.reshape(self.values.shape)
-
     def describe(self) -> str:
         """For messages."""
         if not self.bits:
@@ -132,25 +106,26 @@ def matrix_of(name: str, weight: Any, float_type: Any) -> Matrix:
         if not jnp.issubdtype(weight.dtype, jnp.floating):
             raise FormatError(f"{name} must be floats or packed, got {weight.dtype} {weight}")
         return Matrix(cast(name, numpy_of(weight, "expert", "out", "in"), float_type))
-    if isinstance(weight, IntegerWeight):
+    if isinstance(weight, PackedIntegers):
         return _from_integers(name, weight)
     raise FormatError(f"{name} is a {type(weight).__name__}, which QMoE has no form for")
 
 
 def weight_of(matrix: Matrix, mxfp4: bool) -> Any:
-    """The library's weight {expert, out, in}; integers become the floats they stand for.
+    """The library's weight {expert, out, in}: floats, `PackedIntegers`, or `BlockScaled`.
 
     Raises:
-        FormatError: `mxfp4` is asked for, and the codes or scales are not those of MXFP4.
+        FormatError: `mxfp4` is asked for, and the codes or scales are not those of MXFP4; groups
+            that are not whole bytes.
     """
     if mxfp4:
         return _to_mxfp4(matrix)
-    return tag(matrix.dequantize(), "expert", "out", "in")
+    return _to_integers(matrix) if matrix.bits else tag(matrix.values, "expert", "out", "in")
 
 
 def is_integer(weight: Any) -> bool:
     """Whether it is a weight that becomes integers."""
-    return isinstance(weight, BlockScaled | TiledMXFP4 | IntegerWeight)
+    return isinstance(weight, BlockScaled | TiledMXFP4 | PackedIntegers)
 
 
 def lanes(layout: Layout, size: int) -> tuple[np.ndarray, np.ndarray]:
@@ -234,19 +209,31 @@ def _to_mxfp4(matrix: Matrix) -> BlockScaled:
     )
 
 
-def _from_integers(name: str, weight: IntegerWeight) -> Matrix:
+def _from_integers(name: str, weight: PackedIntegers) -> Matrix:
+    weight.check()
+    if weight.axis != "in":
+        raise FormatError(f"{name} must be in groups along 'in', got {weight}")
     packed = numpy_of(weight.codes, "expert", "out", "group", "byte")
     scales = numpy_of(weight.scales, "expert", "out", "group")
     if scales.dtype.name == "bfloat16":  # the CPU kernels lack it, and float32 holds it
         scales = scales.astype(np.float32)
-    if weight.bits not in (2, 4, 8) or packed.dtype != np.uint8:
-        raise FormatError(f"{name} must be uint8 codes of 2, 4 or 8 bits, got {weight.bits} bits")
-    if scales.shape != packed.shape[:-1]:
-        raise FormatError(f"{name}: {weight.scales} are no scales of codes {weight.codes}")
+    zero = weight.zero_points
+    if zero is not None:
+        zero = numpy_of(zero, "expert", "out", "group")
+        if (zero >> (weight.bits - 1) > 1).any():
+            raise FormatError(f"{name}: zero_points must be below 2^{weight.bits}")
     codes = unpack(packed, weight.bits, packed.shape[-1] * 8 // weight.bits)
-    zero = None
-    if weight.zero_points is not None:
-        zero = numpy_of(weight.zero_points, "expert", "out", "group")
-        if zero.shape != scales.shape or (zero >> (weight.bits - 1) > 1).any():
-            raise FormatError(f"{name}: {weight.zero_points} are no zero points of {weight.codes}")
     return Matrix(codes.reshape(*codes.shape[:2], -1), scales, zero, weight.bits)
+
+
+def _to_integers(matrix: Matrix) -> PackedIntegers:
+    if matrix.scales is None or matrix.group_size * matrix.bits % 8:
+        raise FormatError(f"groups must be whole bytes to be read, got {matrix.describe()}")
+    codes = matrix.values.reshape(*matrix.scales.shape, matrix.group_size)
+    zero = matrix.zero_points
+    return PackedIntegers(
+        tag(pack(codes, matrix.bits), "expert", "out", "group", "byte"),
+        tag(matrix.scales, "expert", "out", "group"),
+        None if zero is None else tag(zero, "expert", "out", "group"),
+        matrix.bits,
+    )

@@ -63,8 +63,8 @@ class Node:
 def read(source: str | os.PathLike[str] | ModelProto, *, target: Target = CPU) -> dict[str, MoE]:
     """The MoE and QMoE nodes of a file, each with the linear layer that makes its logits.
 
-    Weights must be constants, in the file or its external data. Integer weights become the floats
-    they stand for, except MXFP4 that `write` made, which is packed again.
+    Weights must be constants, in the file or its external data. Integers become `PackedIntegers`,
+    or `BlockScaled` where `write` made them of MXFP4.
 
     Args:
         source: path of a file, or a model.
