@@ -294,6 +294,7 @@ WRONG = {
     "k": (dict(k=4), "k must be 1 to 3"),
     "zero k": (dict(k=0), "k must be 1 to 3"),
     "activation": (dict(activation_type="tanh"), "activation_type"),
+    "float k": (dict(k=2.0), "k must be of type int"),
     "sparse mixer": (dict(use_sparse_mixer=1), "use_sparse_mixer"),
     "unknown attribute": (dict(expert_parallel=2), "expert_parallel"),
     "fusion": (dict(swiglu_fusion=3), "swiglu_fusion"),

@@ -207,6 +207,11 @@ def test_numbers_that_are_no_float32(rng, record_property, name, number):
     refused(record_property, "", name, layer)
 
 
+def test_a_scale_beyond_the_type(rng, record_property):
+    layer = random_layer(rng, router=Router(scale=1e39)).ours
+    refused(record_property, "", "scale", layer)
+
+
 @pytest.mark.parametrize("limit", [None, float("inf"), 1e-3])
 def test_limits_at_the_edge(rng, limit):
     layer = random_layer(rng, activation=Activation("swiglu", limit=limit))

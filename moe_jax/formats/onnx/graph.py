@@ -188,7 +188,14 @@ class Found:
                     f"known are {sorted(defaults)}"
                 )
             found = onnx.helper.get_attribute_value(attribute)
-            given[attribute.name] = found.decode() if isinstance(found, bytes) else found
+            found = found.decode() if isinstance(found, bytes) else found
+            default = defaults[attribute.name]
+            if default is not None and type(found) is not type(default):
+                raise FormatError(
+                    f"{describe(self.node)}: {attribute.name} must be of type "
+                    f"{type(default).__name__}, got {found!r}"
+                )
+            given[attribute.name] = found
         return {**defaults, **given}
 
     def input(self, position: int) -> str:

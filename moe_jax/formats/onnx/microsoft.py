@@ -13,6 +13,8 @@ Where onnxruntime's CPU kernels (1.31.1) compute otherwise than the layer does h
       about 1e-2, unless the environment has `ORT_QMOE_CPU_QNBIT_GEMM=fp32` when the session is
       made. So do 2-bit weights in blocks of 32 or more where the rows are a multiple of 128, about
       5e-3, always.
+    - QMoE without `router_weights` normalises the weights even where the attribute says not to, so
+      that `write` gives it `router_weights` then.
     - A NaN or +inf among a token's logits gives a row of zeros there, and NaN here.
     - Equal logits go to the expert with the highest index there, to the lowest here.
 """

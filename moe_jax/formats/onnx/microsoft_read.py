@@ -66,6 +66,9 @@ def read(source: str | os.PathLike[str] | ModelProto, *, target: Target = CPU) -
     Weights must be constants, in the file or its external data. Integers become `PackedIntegers`,
     or `BlockScaled` where `write` made them of MXFP4.
 
+    Weights [expert, in, out], which old exporters wrote, are refused where shapes tell them from
+    [expert, out, in]; with equal hidden and intermediate size nothing does.
+
     Args:
         source: path of a file, or a model.
         target: the runtime whose reading holds where the runtimes differ: QMoE without

@@ -28,7 +28,6 @@ from moe_jax.tagged import Tagged
 
 _FLOAT32 = np.dtype(np.float32)
 _SCORES = ("softmax", "sigmoid")
-_PASSING = ("Cast", "Identity", "Reshape", "Flatten", "Squeeze", "Unsqueeze")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,7 +106,11 @@ def export_router(
 
 
 def _scores(graph: RouterGraph, prefix: str, logits: str, score: str) -> str:
-    """The scores of all experts. onnxruntime's Sigmoid is off by 1e-7, all there is at -16."""
+    """The scores of all experts.
+
+    A sigmoid is spelt out: onnxruntime's own is good to 1e-7 of 1, which is all there is of the
+    sigmoid of -16, and scores are divided by their sum.
+    """
     name = f"{prefix}router_scores"
     if score == "softmax":
         return _add(graph, "Softmax", [logits], name)

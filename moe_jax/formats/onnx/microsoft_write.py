@@ -19,7 +19,7 @@ from moe_jax.formats.onnx.microsoft_experts import (
     attribute_floats,
     to_matrices,
 )
-from moe_jax.formats.onnx.microsoft_matrices import is_integer, pack
+from moe_jax.formats.onnx.microsoft_matrices import cast, is_integer, pack
 from moe_jax.formats.onnx.microsoft_router import export_router
 from moe_jax.formats.onnx.microsoft_schema import (
     ACTIVATION_TYPES,
@@ -295,7 +295,8 @@ def _scale(
     prefix: str, scale: float, dtype: Any, nodes: list[NodeProto], constants: list[TensorProto]
 ) -> None:
     """The router's factor, which the operators lack, on the output."""
-    constants.append(initialiser(f"{prefix}router_scale", np.asarray(scale, dtype)))
+    factor = cast("the router's scale", np.asarray(scale), dtype)
+    constants.append(initialiser(f"{prefix}router_scale", factor))
     names = [f"{prefix}unscaled", f"{prefix}router_scale"]
     nodes.append(node("Mul", names, [f"{prefix}y"], name=f"{prefix}router_scaling"))
 
