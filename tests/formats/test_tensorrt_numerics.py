@@ -29,6 +29,11 @@ RUNTIME = f"onnxruntime {onnxruntime.__version__}"
 ALGORITHMS = ("per_token", "dense", "grouped")
 
 
+def compiled(layer, **options):
+    """The layer as it is set now, as one program: that costs less than operation by operation."""
+    return jax.jit(lambda *inputs: layer(*inputs, **options))
+
+
 def run(nodes, inputs, tensors):
     """The output y of a graph, in ONNX Runtime."""
     graph = helper.make_graph(
@@ -84,7 +89,7 @@ def test_e3_silu_glu_equals_onnxruntime(rng, biases, record_property):
     layer = Arrays.random(rng).layer(biases)
     x, ids, scores = routed(rng)
     reference = onnx_moe(layer, x, ids, scores)
-    error = float(np.abs(np.asarray(jax.jit(layer)(x, ids, scores)) - reference).max())
+    error = float(np.abs(np.asarray(compiled(layer)(x, ids, scores)) - reference).max())
     scale = float(np.abs(reference).max())
     record(record_property, "E3", error, scale, "MoE swiglu, fusion 1, alpha 1, beta 0")
     assert error < 4e-6 * scale
@@ -104,7 +109,7 @@ def test_r6_prerouted_scores_are_used_as_they_are(rng, params, algorithm, record
     layer.set_swiglu_params(*params)
     x, ids, scores = routed(rng)
     reference = onnx_moe(layer, x, ids, scores)
-    function = jax.jit(lambda *a: layer(*a, algorithm=algorithm))
+    function = compiled(layer, algorithm=algorithm)
     error = float(np.abs(np.asarray(function(x, ids, scores)) - reference).max())
     scale = float(np.abs(reference).max())
     record(record_property, "R6", error, scale, "MoE with log-scores as logits")
@@ -146,12 +151,12 @@ def test_q3_static_fp8_of_the_mul_output_equals_qdq(rng, scale, record_property)
         terms.append(add("Mul", out, f"w{e}"))
     nodes.append(helper.make_node("Sum", terms, ["y"]))
     reference = run(nodes, {"x": x}, tensors)
-    got = np.asarray(jax.jit(layer)(x, ids, scores))
+    got = np.asarray(compiled(layer)(x, ids, scores))
     size = float(np.abs(reference).max())
     record(record_property, "Q3", float(np.abs(got - reference).max()), size, "Q/DQ in a graph")
     np.testing.assert_allclose(got, reference, atol=4e-6 * size)
     layer.quantization_to_type = DataType.FLOAT
-    assert np.abs(np.asarray(jax.jit(layer)(x, ids, scores)) - reference).max() > 1e-3 * size
+    assert np.abs(np.asarray(compiled(layer)(x, ids, scores)) - reference).max() > 1e-3 * size
 
 
 QUANTIZED = {
@@ -175,7 +180,7 @@ def test_q2_quantised_mul_output_as_stated(rng, name, algorithm, record_property
     layer = arrays.layer()
     layer.set_swiglu_params(7.0, 1.702, 1.0)
     set_up(layer, scale)
-    got = jax.jit(lambda *a: layer(*a, algorithm=algorithm))(x, ids, scores)
+    got = compiled(layer, algorithm=algorithm)(x, ids, scores)
     reference = expected(arrays, x, ids, scores, params=(1.702, 1.0, 7.0), quantize=oracle(scale))
     size = np.abs(reference).max()
     record_property("row", "Q2" if oracle is nvfp4 else "Q3")
@@ -188,12 +193,12 @@ def test_no_activation(rng):
     arrays, (x, ids, scores) = Arrays.random(rng), routed(rng)
     layer = arrays.layer(kind=MoEActType.NONE)
     reference = expected(arrays, x, ids, scores, kind="NONE")
-    np.testing.assert_allclose(jax.jit(layer)(x, ids, scores), reference, rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(compiled(layer)(x, ids, scores), reference, rtol=1e-4, atol=1e-4)
 
 
 def test_ids_of_no_expert_and_repeated_ones(rng):
     arrays, (x, ids, scores) = Arrays.random(rng), routed(rng)
-    layer = jax.jit(arrays.layer())
+    layer = compiled(arrays.layer())
     ids[0, 0] = -1, EXPERTS
     ids[1, 1] = 3, 3
     got = np.asarray(layer(x, ids, scores))
@@ -210,12 +215,12 @@ def test_num_ranks_is_the_number_of_devices_of_the_experts(rng):
     x, ids, scores = routed(rng)
     layer = four.layer()
     set_dynamic(layer, np.float32(0.004))
-    reference = np.asarray(jax.jit(layer)(x, ids, scores))
+    reference = np.asarray(compiled(layer)(x, ids, scores))
     layer.num_ranks = 2
     with pytest.raises(FormatError, match="num_ranks is 2, but the experts are spread over 1"):
         layer(x, ids, scores)
     here = sharding((1, 2, 1))
-    got = jax.jit(lambda *a: layer(*a, sharding=here))(x, ids, scores)
+    got = compiled(layer, sharding=here)(x, ids, scores)
     np.testing.assert_allclose(got, reference, rtol=1e-5, atol=1e-5)
 
 
@@ -239,4 +244,9 @@ def test_inputs_that_do_not_fit(rng, change, error, match):
     for place, value in change.items():
         inputs[place] = value
     with pytest.raises(error, match=match):
-        Arrays.random(rng).layer()(*inputs)
+        compiled(Arrays.random(rng).layer()).eval_shape(*inputs)
+
+
+def test_a_layer_that_can_change_is_not_compiled_as_a_function(rng):
+    with pytest.raises(TypeError, match="unhashable"):
+        jax.jit(Arrays.random(rng).layer())(*routed(rng))

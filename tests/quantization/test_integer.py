@@ -19,6 +19,7 @@ from moe_jax.quantization.integer import pack_codes, unpack_codes
 
 BITS = [2, 4, 8]
 DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]
+decode_jit = jax.jit(lambda w: w.dequantize(jnp.float32))
 encode_jit = jax.jit(quantize_integers, static_argnums=(1, 2, 3, 4))
 
 
@@ -98,7 +99,7 @@ class TestDecode:
     @pytest.mark.parametrize("bits", BITS)
     def test_default_zero_point(self, rng, bits):
         weights = packed(rng, bits, zero_points=False)
-        got = weights.dequantize(jnp.float32)
+        got = decode_jit(weights)
         leaves = np.asarray(weights.codes.array), np.asarray(weights.scales.array)
         np.testing.assert_array_equal(got.array, decode(*leaves, None, bits))
 
@@ -106,7 +107,7 @@ class TestDecode:
     def test_scales_of_other_floats(self, rng, dtype):
         weights = packed(rng, 4, dtype=dtype)
         leaves = (np.asarray(leaf) for leaf in jax.tree.leaves(weights))
-        np.testing.assert_array_equal(weights.dequantize(jnp.float32).array, decode(*leaves, 4))
+        np.testing.assert_array_equal(decode_jit(weights).array, decode(*leaves, 4))
 
     def test_lowest_bits_come_first(self):
         byte = jnp.array([[0b11_10_01_00]], jnp.uint8)
@@ -128,9 +129,9 @@ class TestPackedIntegers:
     def test_take_and_rename(self, rng):
         weights = packed(rng, 4)
         chosen = tag(jnp.array([[2, 0], [1, 1]]), "s", "k")
-        taken = weights.take(chosen, "expert").dequantize(jnp.float32)
+        taken = decode_jit(weights.take(chosen, "expert"))
         assert taken.axes == ("s", "k", "out", "in")
-        whole = weights.dequantize(jnp.float32)
+        whole = decode_jit(weights)
         np.testing.assert_array_equal(taken.array, whole.take(chosen, "expert").array)
         assert weights.rename(out="rows", **{"in": "d"}).axes == ("expert", "rows", "d")
         with pytest.raises(ValueError, match="take works along"):
@@ -197,7 +198,7 @@ class TestEncode:
         for zero_points in (False, True):
             got = check_encoding(x, bits, None, zero_points)
             assert got.scales.shape == (7, 1)
-            error = np.abs(np.asarray(got.dequantize(jnp.float32).array) - x)
+            error = np.abs(np.asarray(decode_jit(got).array) - x)
             assert (error <= np.asarray(got.scales.array) * 0.501).all() or zero_points
             assert (error <= np.asarray(got.scales.array) * 1.001).all()
 
@@ -208,7 +209,7 @@ class TestEncode:
         x[2, :2] = 3.4e38, -3.4e38
         x[3, 3], x[4, 5], x[5] = np.nan, -np.inf, 1.5
         got = check_encoding(x, 4, 16, zero_points)
-        decoded = np.asarray(got.dequantize(jnp.float32).array)
+        decoded = np.asarray(decode_jit(got).array)
         np.testing.assert_array_equal(decoded[:2], 0)
         # the zero point is rounded: the range may begin half a step below the least number
         assert np.isfinite(decoded[2]).all() or zero_points

@@ -20,6 +20,7 @@ from moe_jax.quantization.nvfp4 import LEAST_GLOBAL_SCALE, nvfp4_global_scale
 
 DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]
 MODES = {"eager": lambda f: f, "jit": jax.jit}
+decode_jit = jax.jit(lambda w: w.dequantize(jnp.float32))
 encode_jit = jax.jit(quantize_nvfp4, static_argnums=(1, 3))
 
 
@@ -105,7 +106,7 @@ class TestDecode:
         np.testing.assert_array_equal(got[0, :4], [1.0, 2.0, 12.0, -12.0])
 
     def test_global_scale_of_each_expert(self, weights):
-        got = weights.dequantize(jnp.float32)
+        got = decode_jit(weights)
         factor = np.asarray(weights.global_scale.array)[:, None, None]
         blocks, scales = np.asarray(weights.blocks.array), np.asarray(weights.scales.array)
         expected = decode(blocks, scales, np.broadcast_to(factor, scales.shape))
@@ -123,12 +124,10 @@ class TestPackedNVFP4:
         chosen = tag(jnp.array([[2, 0], [1, 1]]), "s", "k")
         taken = weights.take(chosen, "expert")
         assert taken.axes == ("s", "k", "out", "in")
-        whole = weights.dequantize(jnp.float32)
+        whole = decode_jit(weights)
+        np.testing.assert_array_equal(decode_jit(taken).array, whole.take(chosen, "expert").array)
         np.testing.assert_array_equal(
-            taken.dequantize(jnp.float32).array, whole.take(chosen, "expert").array
-        )
-        np.testing.assert_array_equal(
-            weights.take(3, "out").dequantize(jnp.float32).array, whole.take(3, "out").array
+            decode_jit(weights.take(3, "out")).array, whole.take(3, "out").array
         )
         assert weights.rename(expert="e", **{"in": "d"}).dequantize().axes == ("e", "out", "d")
         with pytest.raises(ValueError, match="take works along"):
@@ -224,17 +223,17 @@ class TestEncode:
         x[3, 0] = 1e-44
         got = check_encoding(x, 1.0)
         np.testing.assert_array_equal(got.scales.array, np.full((4, 1), 8))
-        np.testing.assert_array_equal(got.dequantize(jnp.float32).array, np.zeros((4, 16)))
+        np.testing.assert_array_equal(decode_jit(got).array, np.zeros((4, 16)))
         zeros = encode_jit(tag(jnp.zeros((3, 16)), "out", "in"), "in", None)
         assert float(zeros.global_scale.array) == LEAST_GLOBAL_SCALE
-        np.testing.assert_array_equal(zeros.dequantize(jnp.float32).array, np.zeros((3, 16)))
+        np.testing.assert_array_equal(decode_jit(zeros).array, np.zeros((3, 16)))
 
     @pytest.mark.parametrize("bad", [np.nan, -np.nan, np.inf, -np.inf])
     def test_nan_and_infinity_make_their_block_nan_and_no_other(self, bad):
         x = np.ones((1, 48), np.float32)
         x[0, 20] = bad
         got = encode_jit(tag(jnp.asarray(x), "out", "in"), "in", None)
-        decoded = np.asarray(got.dequantize(jnp.float32).array)
+        decoded = np.asarray(decode_jit(got).array)
         np.testing.assert_array_equal(np.isnan(decoded[0]), np.repeat([False, True, False], 16))
         np.testing.assert_allclose(decoded[0, :16], 1, rtol=1e-6)
 
@@ -247,15 +246,15 @@ class TestEncode:
         assert (np.asarray(got.scales.array).max((1, 2)) == 0x7E).all()
         one = nvfp4_global_scale(tag(jnp.asarray(w), "expert", "out", "in"))
         np.testing.assert_array_equal(one.array, amax.max() / np.float32(6 * 448))
-        decoded = np.asarray(got.dequantize(jnp.float32).array)
+        decoded = np.asarray(decode_jit(got).array)
         assert np.abs(decoded - w).max() < amax.max() / 6
 
     def test_axis_by_name_and_decoded_values_encode_to_themselves(self, rng):
         w = tag(jnp.asarray(rng.normal(size=(32, 3, 5)), jnp.float32), "d", "expert", "out")
-        got = quantize_nvfp4(w, "d")
+        got = encode_jit(w, "d")
         assert got.axes == ("expert", "out", "d")
-        first = got.dequantize(jnp.float32)
-        again = quantize_nvfp4(first, "d", got.global_scale).dequantize(jnp.float32)
+        first = decode_jit(got)
+        again = decode_jit(encode_jit(first, "d", got.global_scale))
         np.testing.assert_array_equal(again.array, first.array)
 
     def test_refusals(self):
@@ -278,7 +277,8 @@ class TestFakeQuantize:
     @pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: jnp.dtype(d).name)
     def test_is_encoding_and_decoding(self, rng, dtype):
         x = rng.normal(size=(32, 3)).astype(dtype)
-        got = fake_quantize_nvfp4(tag(jnp.asarray(x), "in", "s"), "in", tag(jnp.float32(0.01)))
+        function = jax.jit(fake_quantize_nvfp4, static_argnums=1)
+        got = function(tag(jnp.asarray(x), "in", "s"), "in", tag(jnp.float32(0.01)))
         assert got.axes == ("in", "s") and got.dtype == dtype
         codes, scales = encode(x.T, np.float32(0.01))
         full = np.full(scales.shape, np.float32(0.01))
@@ -293,6 +293,6 @@ class TestFakeQuantize:
             return (fake_quantize_nvfp4(x, "in", scale).array * factors).sum()
 
         for transform in (jax.grad, jax.jacfwd):
-            gradients = transform(loss, (0, 1))(x, tag(jnp.float32(0.01)))
+            gradients = jax.jit(transform(loss, (0, 1)))(x, tag(jnp.float32(0.01)))
             np.testing.assert_array_equal(gradients[0].array, factors)
             assert jax.tree.leaves(gradients[1])[0] == 0

@@ -30,7 +30,9 @@ class MoELayer:
 
     Names, defaults and order of arguments are those of TensorRT's Python API. Setters check what
     one argument says; whether all fit together is checked where they are used, so that they may be
-    set in any order. FormatError names the attribute that does not fit.
+    set in any order. FormatError names the attribute that does not fit. A function that `jax.jit`
+    compiles keeps the settings of that moment; so that they are not overlooked, the layer itself
+    has no hash, and `jax.jit` refuses it.
 
     Attributes:
         activation_type: `MoEActType`, of the gate.
@@ -41,6 +43,8 @@ class MoELayer:
         weights: fcGate, fcUp, fcDown {expert, in, out}; None until they are set.
         biases: of fcGate, fcUp, fcDown {expert, out}; None for none.
     """
+
+    __hash__ = None  # pyright: ignore[reportAssignmentType]
 
     def __init__(self) -> None:
         self.activation_type = MoEActType.SILU
