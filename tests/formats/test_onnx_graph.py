@@ -9,6 +9,7 @@ import onnx
 import pytest
 
 from moe_jax.formats import FormatError
+from moe_jax.formats import onnx as formats_onnx
 from moe_jax.formats.onnx import graph
 
 TYPES = ["float32", "float16", "uint8", "int64", "bool"]
@@ -89,6 +90,6 @@ def test_constants_through_casts_that_lose_nothing():
 
 def test_without_onnx_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "onnx", None)
-    spec = importlib.util.spec_from_file_location("without_onnx", graph.__file__)
+    spec = importlib.util.spec_from_file_location("without_onnx", formats_onnx.__file__)
     with pytest.raises(ImportError, match=r"moe-jax\[onnx\]"):
         spec.loader.exec_module(importlib.util.module_from_spec(spec))

@@ -6,16 +6,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
+import onnx
+from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto
 
 from moe_jax.formats.errors import FormatError
-
-try:
-    import onnx
-    from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto
-except ImportError as error:
-    raise ImportError(
-        "the ONNX formats need the package onnx: pip install moe-jax[onnx]"
-    ) from error
 
 STANDARD_OPSET = 17
 """Version of the standard operators that exports use, unless they state another."""
