@@ -3,8 +3,9 @@
 A model holds any number of layers side by side. A layer called NAME has the input
 `NAME.hidden_states` and the output `NAME.output`, both float32 [batch, seq, d]. Experts without a
 router have the inputs `NAME.selected_experts`, int64 [batch, seq, topk], and `NAME.scores`, float32
-[batch, seq, topk], too; an expert that a token names twice counts twice there, and ids must be
-within the experts, for OpenVINO does not check them.
+[batch, seq, topk], too. The ids of a token must be within the experts and differ: OpenVINO checks
+neither, and where an expert is named more often than there are tokens, its CPU device (2026.4.1)
+writes past the end of an array. `run_model` checks them.
 
 Reading takes the constants out of a graph by the way that leads to them, builds the graph of what
 was found, and compares the two node by node: what is not exactly such a graph is refused.
@@ -20,7 +21,7 @@ from moe_jax.formats.errors import FormatError
 from moe_jax.formats.openvino.experts_graph import combined_experts
 from moe_jax.formats.openvino.nodes import Node, integers, op, ov
 from moe_jax.formats.openvino.operation import from_experts
-from moe_jax.formats.openvino.parse import experts_of, layer_of
+from moe_jax.formats.openvino.parse import experts_of, layer_of, results_of_experts
 from moe_jax.formats.openvino.router_graph import routed
 from moe_jax.formats.openvino.same import check_same
 from moe_jax.layer import MoE
@@ -59,24 +60,52 @@ def from_model(model: Any) -> dict[str, MoE | Expert]:
     layers: dict[str, MoE | Expert] = {}
     for result in model.get_results():
         name = _name(result)
-        layers[name] = layer = layer_of(result, experts_of(result))
-        try:
-            _, expected = _layer_graph(name, layer)
-        except RuntimeError as error:
-            raise FormatError(
-                f"layer {name!r} is of no form that can be written: {error}"
-            ) from error
-        check_same(result, expected)
+        layers[name] = _read_layer(name, result)
     if not layers:
         raise FormatError("the model has no outputs, so no layers")
     return layers
 
 
 def run_model(model: Any, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Outputs by name of a model on OpenVINO's CPU device, computed in float32."""
+    """Outputs by name of a model that `to_model` made, on OpenVINO's CPU device in float32.
+
+    Raises:
+        FormatError: `selected_experts` name what is no expert, or one twice for a token.
+    """
+    for result in model.get_results():
+        ids = inputs.get(f"{_name(result)}.selected_experts")
+        if ids is not None:
+            _check_ids(_name(result), np.asarray(ids), _num_experts(result))
     compiled = ov.Core().compile_model(model, "CPU", CPU_FLOAT32)
     outputs = compiled(dict(inputs))
     return {port.get_any_name(): np.array(array) for port, array in outputs.items()}
+
+
+def _num_experts(result: Node) -> int:
+    return results_of_experts(result).get_output_partial_shape(0)[0].get_length()
+
+
+def _check_ids(name: str, ids: np.ndarray, num_experts: int) -> None:
+    if ((ids < 0) | (ids >= num_experts)).any():
+        raise FormatError(
+            f"{name}.selected_experts must be 0 to {num_experts - 1}, got {ids.min()} to {ids.max()}"
+        )
+    ordered = np.sort(ids, axis=-1)
+    if (ordered[..., 1:] == ordered[..., :-1]).any():
+        raise FormatError(
+            f"{name}.selected_experts name an expert twice for one token: OpenVINO's CPU device "
+            f"goes wrong there. Add the scores up, and give another expert with score 0"
+        )
+
+
+def _read_layer(name: str, result: Node) -> MoE | Expert:
+    try:
+        layer = layer_of(result, experts_of(result))
+        check_same(result, _layer_graph(name, layer)[1])
+    except (ValueError, RuntimeError) as error:
+        # errors of the library and of OpenVINO, too: parts that do not fit together
+        raise FormatError(f"layer {name!r} is not as moe_jax writes it: {error}") from error
+    return layer
 
 
 def _layer_graph(name: str, layer: MoE | Expert) -> tuple[list[Node], Node]:
@@ -121,7 +150,7 @@ def _name(result: Node) -> str:
     found = [name for name in names if name.endswith(OUTPUT)]
     if len(found) != 1:
         raise FormatError(
-            f"expected an output named NAME{OUTPUT}, found {sorted(names)}: only models that "
-            f"moe_jax wrote can be read"
+            f"expected an output named NAME{OUTPUT}, found {sorted(names)}: moe_jax did not write "
+            f"this model"
         )
     return found[0].removesuffix(OUTPUT)

@@ -31,17 +31,21 @@ def follow(node: Node, *inputs: int) -> Node:
     for index in inputs:
         if index >= node.get_input_size():
             raise FormatError(
-                f"{node.get_type_name()} {node.get_friendly_name()!r} has no input {index}: only "
-                f"graphs that moe_jax wrote can be read"
+                f"{node.get_type_name()} {node.get_friendly_name()!r} has no input {index}"
             )
         node = node.input_value(index).get_node()
     return node
 
 
+def results_of_experts(result: Node) -> Node:
+    """The node that makes [E, T, d], what all experts make of all tokens."""
+    # Result <- Reshape <- ReduceSum <- Multiply <- Reshape
+    return follow(result, 0, 0, 0, 0, 0)
+
+
 def experts_of(result: Node) -> GptOssMLP | GatedMLP:
     """The experts that a layer's result is computed by."""
-    # Result <- Reshape <- ReduceSum <- Multiply <- Reshape
-    last = follow(result, 0, 0, 0, 0, 0)
+    last = results_of_experts(result)
     kind = last.get_type_name()
     if kind not in _EXPERTS:
         raise _unknown(last, tuple(_EXPERTS))
@@ -151,7 +155,5 @@ def _number(node: Node) -> float:
 
 
 def _unknown(node: Node, expected: tuple[str, ...]) -> FormatError:
-    return FormatError(
-        f"{node.get_type_name()} {node.get_friendly_name()!r}: expected one of {expected}. Only "
-        f"graphs that moe_jax wrote can be read"
-    )
+    kind, name = node.get_type_name(), node.get_friendly_name()
+    return FormatError(f"{kind} {name!r}: expected one of {expected}")

@@ -65,7 +65,5 @@ def _short(array: np.ndarray) -> str:
 
 
 def _refuse(node: Node, expected: str, found: str) -> None:
-    raise FormatError(
-        f"{node.get_type_name()} {node.get_friendly_name()!r}: expected {expected}, found {found}. "
-        f"Only graphs that moe_jax wrote can be read"
-    )
+    kind, name = node.get_type_name(), node.get_friendly_name()
+    raise FormatError(f"{kind} {name!r}: expected {expected}, found {found}")
