@@ -31,7 +31,7 @@ SILU, AFTER = Activation("swiglu"), Router()
 
 def draw(rng, shape, axes, dtype=jnp.float32, scale=1.0):
     """Normal numbers that the dtype holds, tagged."""
-    return tag(jnp.asarray(rng.normal(size=shape) * scale, dtype), *axes)
+    return tag(jnp.asarray((rng.normal(size=shape) * scale).astype(dtype)), *axes)
 
 
 def gpt_oss(rng, activation=moe_jax.GPT_OSS_ACTIVATION, dtype=jnp.float32, sizes=(E, D, F)):

@@ -88,7 +88,8 @@ def _num_experts(result: Node) -> int:
 def _check_ids(name: str, ids: np.ndarray, num_experts: int) -> None:
     if ((ids < 0) | (ids >= num_experts)).any():
         raise FormatError(
-            f"{name}.selected_experts must be 0 to {num_experts - 1}, got {ids.min()} to {ids.max()}"
+            f"{name}.selected_experts must be 0 to {num_experts - 1}, "
+            f"got {ids.min()} to {ids.max()}"
         )
     ordered = np.sort(ids, axis=-1)
     if (ordered[..., 1:] == ordered[..., :-1]).any():

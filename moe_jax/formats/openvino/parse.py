@@ -130,18 +130,22 @@ _EXPERTS = {"Add": _two_matrices, "MatMul": _three_matrices}
 
 
 def _tagged(node: Node, *axes: str) -> Tagged:
-    array = array_of(node)
-    if array.ndim != len(axes):
-        raise FormatError(
-            f"expected a constant {{{', '.join(axes)}}} at {node.get_friendly_name()!r}, found the "
-            f"shape {list(array.shape)}"
-        )
-    return Tagged(jnp.asarray(array), axes)
+    return Tagged(jnp.asarray(_shaped(node, len(axes))), axes)
 
 
 def _bias(node: Node) -> Tagged:
     """[E, 1, out] as {expert, out}."""
-    return _tagged(node, "expert", "row", "out").take(0, "row")
+    return Tagged(jnp.asarray(_shaped(node, 3)[:, 0]), ("expert", "out"))
+
+
+def _shaped(node: Node, ndim: int) -> np.ndarray:
+    array = array_of(node)
+    if array.ndim != ndim or 0 in array.shape:
+        raise FormatError(
+            f"Constant {node.get_friendly_name()!r}: expected {ndim} axes, none empty, found "
+            f"the shape {list(array.shape)}"
+        )
+    return array
 
 
 def _number(node: Node) -> float:
