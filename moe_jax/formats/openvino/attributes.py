@@ -104,25 +104,26 @@ class MoeAttributes:
     def activation(self) -> Activation:
         """The library's activation.
 
-        Warns (UserWarning) where limit and slope look exchanged: where the slope is the larger.
+        Warns (UserWarning) where limit and slope look exchanged: where the slope is 0, which makes
+        a swiglu linear, or where it is more than the clamp.
 
         Raises:
             FormatError: the limit is not positive.
         """
         kind = _KINDS[self.activation_type]
+        if self._looks_exchanged():
+            warnings.warn(
+                f"expert_alpha={self.expert_alpha} and expert_beta={self.expert_beta} look "
+                f"exchanged: with order={self.order!r} the clamp is {self.limit} and the slope "
+                f"{self.slope}. Give the other order if the file is of another revision",
+                stacklevel=2,
+            )
         if not self.two_matrices:
             return Activation(kind, alpha=self.slope if kind == "swiglu" else 1.0)
         if not self.limit > 0:
             raise FormatError(
                 f"the clamp of GEMM2_BIAS_SWIGLU_CLAMP must be positive, got {self.limit}: "
                 f"with order={self.order!r} that is {self._limit_name()}"
-            )
-        if self.slope > self.limit:
-            warnings.warn(
-                f"expert_alpha={self.expert_alpha} and expert_beta={self.expert_beta} look "
-                f"exchanged: with order={self.order!r} the clamp is {self.limit} and the slope "
-                f"{self.slope}. Give the other order if the file is of another revision",
-                stacklevel=2,
             )
         return Activation(
             kind,
@@ -131,6 +132,11 @@ class MoeAttributes:
             limit=self.limit,
             layout=_LANES[self.gate_idx],
         )
+
+    def _looks_exchanged(self) -> bool:
+        if self.activation_type != "swiglu":
+            return False
+        return self.slope == 0 or self.two_matrices and self.slope > self.limit > 0
 
     def _limit_name(self) -> str:
         return "expert_alpha" if self.order == "alpha_is_limit" else "expert_beta"

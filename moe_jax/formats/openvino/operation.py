@@ -74,7 +74,7 @@ class MoeOperation:
     def __call__(
         self, hidden_states: Any, routing_weights: Any, indices: Any, *, form: RoutingForm
     ) -> Any:
-        """What the operation computes, by `moe_jax.fused_experts`.
+        """What the operation computes, by `moe_jax.fused_experts`; not inside `jax.jit`.
 
         Args:
             hidden_states: float [..., d].
