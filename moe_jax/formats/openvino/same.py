@@ -56,7 +56,7 @@ def _check_constant(found: Node, expected: Node) -> None:
         _refuse(found, types[1].to_string(), types[0].to_string())
     arrays = np.asarray(found.data), np.asarray(expected.data)
     same = arrays[0].shape == arrays[1].shape
-    if not same or arrays[0].tobytes() != arrays[1].tobytes():
+    if not same or not np.array_equal(*(a.reshape(-1).view(np.uint8) for a in arrays)):
         _refuse(found, f"constant {_short(arrays[1])}", _short(arrays[0]))
 
 
