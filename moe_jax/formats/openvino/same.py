@@ -55,8 +55,8 @@ def _check_constant(found: Node, expected: Node) -> None:
     if types[0] != types[1]:
         _refuse(found, types[1].to_string(), types[0].to_string())
     arrays = np.asarray(found.data), np.asarray(expected.data)
-    same = arrays[0].shape == arrays[1].shape
-    if not same or not np.array_equal(*(a.reshape(-1).view(np.uint8) for a in arrays)):
+    bits = [array.reshape(-1).view(np.uint8) for array in arrays]
+    if arrays[0].shape != arrays[1].shape or not np.array_equal(bits[0], bits[1]):
         _refuse(found, f"constant {_short(arrays[1])}", _short(arrays[0]))
 
 
