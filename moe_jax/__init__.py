@@ -2,6 +2,8 @@
 
 from moe_jax.activations import GPT_OSS_ACTIVATION as GPT_OSS_ACTIVATION
 from moe_jax.activations import Activation as Activation
+from moe_jax.balanced import balanced_assignment as balanced_assignment
+from moe_jax.balanced import route_balanced as route_balanced
 from moe_jax.dispatch import DispatchReport as DispatchReport
 from moe_jax.dispatch import choose_algorithm as choose_algorithm
 from moe_jax.experts import MLP as MLP
