@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from core_oracle import TinyExperts, best, combine, f32, ratio_for, scores_of
+from core_oracle import TinyExperts, best, combine, f32, moe, ratio_for, scores_of
 
 import moe_jax
 from moe_jax import Router, tag
@@ -57,7 +57,7 @@ def test_every_algorithm(tensors, rng, algorithm):
     experts = TinyExperts.random(rng, EXPERTS, HIDDEN)
     x = rng.normal(size=(TOKENS, HIDDEN)).astype(np.float32)
     router = ROUTERS["divided_by_their_sum"]
-    y = moe_jax.mixture_of_experts(
+    y = moe(
         experts.ours(), x, np.abs(logits), experts_per_token=K, normalization=router,
         mixing=mixing, algorithm=algorithm, tokens_per_expert_ratio=ratio_for(algorithm, 100.0),
     )  # fmt: skip
@@ -84,7 +84,7 @@ def test_nan_of_either_tensor_shows_and_masked_tokens_are_none(tensors):
     np.testing.assert_array_equal(ours.weights.array[4], 0)
     np.testing.assert_array_equal(gradient.array[4], 0)
     for algorithm in ("grouped", "fixed_budget"):
-        y = moe_jax.mixture_of_experts(
+        y = moe(
             moe_jax.Identity(), jnp.ones((TOKENS, HIDDEN)), np.abs(logits), experts_per_token=K,
             normalization=ROUTERS["as_they_are"], mixing=mixing, token_mask=mask.array,
             algorithm=algorithm, tokens_per_expert_ratio=ratio_for(algorithm, 100.0),

@@ -23,8 +23,10 @@ def read_arrays(plugin: InfMoEPlugin, sublayer: Sublayer) -> dict[str, np.ndarra
     """
     path = plugin.expert_weight_file
     with contextlib.ExitStack() as stack:
+        # opened here, for NumPy leaves what it opened open where it is damaged
+        opened = stack.enter_context(open(path, "rb"))
         with _damage_named(path):
-            file = np.load(path, allow_pickle=False)
+            file = np.load(opened, allow_pickle=False)
         if not isinstance(file, np.lib.npyio.NpzFile):
             raise FormatError(f"{path} holds a single array, expected an npz file")
         stack.enter_context(file)
