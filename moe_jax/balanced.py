@@ -64,7 +64,7 @@ def balanced_assignment(
 
     Args:
         scores: {s, expert} floats. What is not finite counts as the least finite score.
-        token_mask: bool {s}; tokens that are False get no expert.
+        token_mask: bool {s}; tokens that are False get no expert and do not count.
         tolerance: between 1e-6, which is about what float32 resolves, and 1.
         max_rounds: how many rounds there may be. Counts are equal also where they do not suffice.
 
@@ -211,8 +211,8 @@ def _hold(
 
     start = _Auction(
         owner=nobody,
-        bid=jnp.zeros(num_bidders),
-        price=jnp.zeros(num_experts),
+        bid=jnp.zeros(num_bidders, jnp.float32),
+        price=jnp.zeros(num_experts, jnp.float32),
         eps=jnp.maximum(_COARSEST, jnp.float32(tolerance)),
         rounds=jnp.zeros((), jnp.int32),
         open=bidders.any(),
@@ -258,7 +258,7 @@ def _bids(gain: jax.Array, price: jax.Array, eps: jax.Array) -> tuple[jax.Array,
 
 def _settle(owner: jax.Array, bidders: jax.Array, places: jax.Array, num_experts: int) -> jax.Array:
     """Gives those who have no place the ones that are left, in order."""
-    held = jax.nn.one_hot(owner, num_experts, dtype=jnp.int32).sum(0)
+    held = jax.nn.one_hot(owner, num_experts, dtype=jnp.int32).sum(0, dtype=jnp.int32)
     left = jnp.cumsum(places - held)
     without = bidders & (owner == num_experts)
     number = jnp.cumsum(without.astype(jnp.int32)) - 1

@@ -103,7 +103,7 @@ def mixture_of_experts(
     check_dispatch(algorithm, tokens_per_expert_ratio, overflow)
     layer = Call.of(experts, x, gating, "expert", token_mask)
     logits, num_experts = layer.per_token, layer.per_token.size("expert")
-    weighed = _mixing(layer, mixing, token_mask)
+    mixing = _mixing(layer, mixing, token_mask)
     check_remaining_weight(remaining_weight)
     check_experts_per_token(experts_per_token, num_experts)
     check_groups(router, experts_per_token, num_experts)
@@ -129,10 +129,10 @@ def mixture_of_experts(
             selection_bias=bias,
             token_mask=layer.mask,
         )
-        y, routing = _planned(layer, plan, weighed, router, None if sharding is None else compute)
+        y, routing = _planned(layer, plan, mixing, router, None if sharding is None else compute)
         report = plan.report
     else:
-        y, routing = _exact(layer, experts_per_token, router, bias, weighed, compute)
+        y, routing = _exact(layer, experts_per_token, router, bias, mixing, compute)
         report = dispatch.exact_report(routing, num_experts, layer.mask)
     if remaining_weight == "input":
         y = dispatch.with_remaining(y, layer.x, routing, num_experts)
