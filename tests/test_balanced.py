@@ -1,6 +1,7 @@
 """Balanced routing against SciPy's solver of the linear assignment problem."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +16,12 @@ import moe_jax
 from moe_jax import Router, balanced_assignment, route_balanced, tag
 from moe_jax.routing import router_logits
 
-assign = jax.jit(balanced_assignment, static_argnames=("tolerance", "max_rounds"))
-route = jax.jit(route_balanced, static_argnames=("router", "tolerance", "max_rounds"))
+compiled = functools.partial(
+    jax.jit,
+    compiler_options={"xla_backend_optimization_level": 0},  # compiling is what takes time
+)
+assign = compiled(balanced_assignment, static_argnames=("tolerance", "max_rounds"))
+route = compiled(route_balanced, static_argnames=("router", "tolerance", "max_rounds"))
 
 
 def greatest_sum(scores: np.ndarray) -> float:
@@ -144,7 +149,8 @@ def test_routing_is_weighed_by_the_router_and_has_gradients(rng):
     np.testing.assert_array_equal(np.bincount(ids.reshape(-1)), 3)
     chosen = np.take_along_axis(logits, ids, -1)
     np.testing.assert_allclose(ours.weights.array, sigmoid(chosen), rtol=1e-6)
-    gradient = jax.grad(lambda values: route_balanced(values).weights.array.sum())(tagged)
+    total = jax.grad(lambda values: route_balanced(values).weights.array.sum())
+    gradient = compiled(total)(tagged)
     expected = np.zeros(logits.shape)
     np.put_along_axis(expected, ids, sigmoid(chosen) * (1 - sigmoid(chosen)), -1)
     np.testing.assert_allclose(gradient.untag("b", "s", "expert"), expected, rtol=1e-5, atol=1e-7)
@@ -161,7 +167,8 @@ def test_nan_shows_in_its_row_and_masked_tokens_weigh_nothing(rng):
         routing = route_balanced(values, token_mask=mask)
         return jnp.nansum(routing.weights.array), routing
 
-    (_, ours), gradient = jax.value_and_grad(total, has_aux=True)(f32(logits, "s", "expert"))
+    differentiated = compiled(jax.value_and_grad(total, has_aux=True))
+    (_, ours), gradient = differentiated(f32(logits, "s", "expert"))
     weights = np.asarray(ours.weights.array)[:, 0]
     np.testing.assert_array_equal(np.isnan(weights), np.arange(12) == 3)
     assert weights[5] == 0 and ours.ids.array[5, 0] == 4
@@ -210,7 +217,6 @@ def test_a_base_layer_trains_on_balanced_routing(rng):
     centroids = f32(rng.normal(size=(4, 5)), "expert", "d")
     rows = f32(x, "s", "d")
 
-    @jax.jit
     def output(centroids):
         routing = route_balanced(router_logits(rows, centroids))
         y = moe_jax.fused_experts(
@@ -218,12 +224,12 @@ def test_a_base_layer_trains_on_balanced_routing(rng):
         )
         return y.array, routing
 
-    y, routing = output(centroids)
+    y, routing = compiled(output)(centroids)
     ids, weights = np.asarray(routing.ids.array)[:, 0], np.asarray(routing.weights.array)
     np.testing.assert_array_equal(np.bincount(ids), 3)
     expected = x + weights * np.asarray(shift.array)[ids]
     np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
-    gradient = jax.grad(lambda c: output(c)[0].sum())(centroids)
+    gradient = compiled(jax.grad(lambda c: output(c)[0].sum()))(centroids)
     slope = weights * (1 - weights) * np.asarray(shift.array)[ids].sum(1, keepdims=True)
     by_expert = np.stack([(slope * x)[ids == e].sum(0) for e in range(4)])
     np.testing.assert_allclose(gradient.array, by_expert, rtol=1e-4, atol=1e-5)
