@@ -90,7 +90,12 @@ CustomMoE <top_k, num_experts, in_features, hidden_features,
     weight_columns = Unsqueeze (weights_by_expert, second)
 
     b1_rows = Unsqueeze (b1, first)
-    products = MatMul (rows, w1)
+    rows_once = Unsqueeze (rows, zeroth)
+    experts = Constant <value_int: int = @num_experts> ()
+    experts_size = Unsqueeze (experts, zeroth)
+    copies = Concat <axis: int = 0> (experts_size, first, first)
+    rows_copied = Tile (rows_once, copies)
+    products = MatMul (rows_copied, w1)
     hidden = Add (products, b1_rows)
     half_float = Constant <value_float: float = 0.5> ()
     half = CastLike (half_float, x)

@@ -143,7 +143,7 @@ def import_dense(source: str | os.PathLike[str] | ModelProto) -> dict[str, MoE]:
 
 
 def _add_experts(writer: Writer, layer: MoE, experts: Any, rows: str, name: str) -> str:
-    """What every expert makes of rows [T, D]: [E, T, D], or [T, D] where all do the same."""
+    """What every expert makes of rows [T, D]: [E, T, D], or [1, T, D] where all do the same."""
     shape = dict(value(layer.router_weight).sizes)
     constants = _constants(writer, experts, shape, name)
 
@@ -153,6 +153,9 @@ def _add_experts(writer: Writer, layer: MoE, experts: Any, rows: str, name: str)
             return y
         return writer.op("Add", y, writer.op("Unsqueeze", constants[part.bias], writer.integers(1)))
 
+    # not left to the MatMul: OpenVINO does not broadcast where the number of tokens is unknown
+    copies = writer.integers(1 if isinstance(experts, Identity) else shape["expert"], 1, 1)
+    rows = writer.op("Tile", writer.op("Unsqueeze", rows, writer.integers(0)), copies)
     *first, last = _EXPERTS[type(experts)] or (None,)
     if last is None:
         return rows
