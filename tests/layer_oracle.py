@@ -3,6 +3,7 @@
 import jax.numpy as jnp
 import numpy as np
 from core_oracle import assert_same, clamped_swiglu, combine, gelu, gelu_tanh, route, sigmoid
+from core_oracle import random_mxfp4 as random_mxfp4
 from hypothesis import strategies as st
 
 from moe_jax import MLP, Activation, GatedMLP, GptOssMLP, Identity, MoE, Router, Tagged, tag
