@@ -109,16 +109,15 @@ def _changes(name: str, own: MoE, other: MoE) -> list[tuple[nnx.Variable, jax.Ar
 def _parts(layer: MoE) -> dict[str, tuple[nnx.Variable, Tagged]]:
     """Each variable of a layer with its value, by name."""
     assert isinstance(layer.experts, Variables)  # experts_of has checked it
-    routers = {
-        name: (variable, value(variable))
-        for name in ("router_weight", "router_bias", "selection_bias")
-        if (variable := getattr(layer, name)) is not None
-    }
+    parts: dict[str, tuple[nnx.Variable, Tagged]] = {}
+    for name in ("router_weight", "router_bias", "selection_bias"):
+        variable = getattr(layer, name)
+        if variable is not None:
+            parts[name] = variable, value(variable)
     tagged = jax.tree.leaves(layer.experts.tree(), is_leaf=is_tagged)
-    return routers | {
-        f"experts.{name}": (layer.experts.leaves[name], leaf)
-        for name, leaf in zip(layer.experts.names, tagged, strict=True)
-    }
+    for name, leaf in zip(layer.experts.names, tagged, strict=True):
+        parts[f"experts.{name}"] = layer.experts.leaves[name], leaf
+    return parts
 
 
 def _kind(tagged: Tagged) -> tuple[str, dict[str, int]]:

@@ -11,6 +11,7 @@ from moe_jax.formats.errors import FormatError
 from moe_jax.formats.modules import as_layers
 from moe_jax.formats.onnx.writer import Writer
 from moe_jax.layer import MoE
+from moe_jax.quantization.tiled import is_packed
 from moe_jax.tagged import Tagged
 from moe_jax.variables import value
 
@@ -22,13 +23,19 @@ WEIGHT_AXES = ("expert", "in", "out")
 
 
 def array_of(
-    name: str, tagged: Tagged, axes: Sequence[str], sizes: Mapping[str, int], dtypes: Sequence[str]
+    name: str, tagged: Any, axes: Sequence[str], sizes: Mapping[str, int], dtypes: Sequence[str]
 ) -> np.ndarray:
     """A layer's array with its axes in the stated order.
 
     Raises:
-        FormatError: it has other axes, sizes other than in `sizes`, or a dtype not in `dtypes`.
+        FormatError: it is packed, or has other axes, sizes other than in `sizes`, or a dtype not in
+            `dtypes`.
     """
+    if is_packed(tagged):
+        raise FormatError(
+            f"{name} is {type(tagged).__name__}: this format has no such packed weights, "
+            f"dequantize it"
+        )
     if not isinstance(tagged, Tagged) or set(tagged.axes) != set(axes):
         raise FormatError(f"{name} must have the axes {set(axes)}, got {tagged}")
     wrong = {axis: size for axis, size in sizes.items() if tagged.sizes.get(axis, size) != size}

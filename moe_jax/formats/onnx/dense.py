@@ -36,7 +36,6 @@ from moe_jax.formats.onnx.common import (
 from moe_jax.formats.onnx.routing_nodes import add_routing
 from moe_jax.formats.onnx.writer import Writer, read_notes
 from moe_jax.layer import MoE
-from moe_jax.quantization.tiled import is_packed
 from moe_jax.routing import Router
 from moe_jax.tagged import Tagged
 from moe_jax.variables import value
@@ -154,7 +153,7 @@ def _add_experts(writer: Writer, layer: MoE, experts: Any, rows: str, name: str)
         return writer.op("Add", y, writer.op("Unsqueeze", constants[part.bias], writer.integers(1)))
 
     # not left to the MatMul: OpenVINO does not broadcast where the number of tokens is unknown
-    copies = writer.integers(1 if isinstance(experts, Identity) else shape["expert"], 1, 1)
+    copies = writer.integers(shape["expert"] if constants else 1, 1, 1)
     rows = writer.op("Tile", writer.op("Unsqueeze", rows, writer.integers(0)), copies)
     *first, last = _EXPERTS[type(experts)] or (None,)
     if last is None:
@@ -174,11 +173,6 @@ def _constants(writer: Writer, experts: Any, shape: dict[str, int], name: str) -
     result = {}
     for part in parts:
         tagged = getattr(experts, part.weight)
-        if is_packed(tagged):
-            raise FormatError(
-                f"{part.weight} is {type(tagged).__name__}: standard operators have no packed "
-                f"weights, dequantize it"
-            )
         sizes = {"expert": shape["expert"], "in": shape[part.inputs]}
         if part.outputs:
             sizes["out"] = shape[part.outputs]
