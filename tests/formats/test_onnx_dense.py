@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from onnx import numpy_helper
 
 from moe_jax import MLP, Activation, GatedMLP, MoE, Router, tag
-from moe_jax.experts.base import Expert
 from moe_jax.formats import FormatError
 from moe_jax.formats.onnx.dense import export_dense, import_dense
 from moe_jax.variables import value
@@ -241,12 +240,8 @@ def linear_experts(rngs: nnx.Rngs) -> nnx.Linear:
     return nnx.Linear(4, 4, rngs=rngs)
 
 
-class Other(Expert):
-    """An expert that no table knows."""
-
-
 def test_experts_that_are_not_known_are_refused(rng):
-    module = linear_experts(nnx.Rngs(0).fork(split=5))
+    module = linear_experts(nnx.Rngs(0).split(5))
     with pytest.raises(FormatError, match="Flax module Linear"):
         export_dense(layer_oracle.moe(rng, module, 5, 4, 2))
     with pytest.raises(FormatError, match="experts are .*known are Identity, MLP"):

@@ -198,8 +198,11 @@ def _constants(writer: Writer, experts: Any, shape: dict[str, int], name: str) -
 def _check_biases(experts: Any, parts: tuple[_Linear, ...]) -> None:
     """Raises FormatError unless all biases are given or none."""
     missing = [part.bias for part in parts if getattr(experts, part.bias) is None]
-    if missing and len(missing) < len(parts):
-        raise FormatError(f"{', '.join(missing)} is None and others are not: give all or none")
+    given = [part.bias for part in parts if part.bias not in missing]
+    if missing and given:
+        raise FormatError(
+            f"{', '.join(missing)} is None and {', '.join(given)} is not: give all or none"
+        )
 
 
 def _width(part: _Linear, experts: Any, shape: dict[str, int], outputs: int) -> int:

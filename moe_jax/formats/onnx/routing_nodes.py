@@ -87,6 +87,8 @@ def _limit_groups(writer: Writer, router: Router, scores: str, num_experts: int)
     grouped = writer.op("Reshape", scores, writer.integers(-1, groups, members))
     best, _ = writer.ops("TopK", 2, grouped, writer.integers(count), axis=-1)
     worth = writer.op("ReduceSum", best, writer.integers(-1), keepdims=0)
+    # without tokens onnxruntime's ReduceSum keeps the axis
+    worth = writer.op("Reshape", worth, writer.integers(-1, groups))
     _, chosen = writer.ops("TopK", 2, worth, writer.integers(router.groups_per_token), axis=-1)
     one = onnx.numpy_helper.from_array(np.ones(1, np.float32))
     barred = writer.op("ConstantOfShape", writer.op("Shape", worth), value=one)
