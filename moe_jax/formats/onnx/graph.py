@@ -196,6 +196,23 @@ class Found:
         names = self.node.input
         return names[position] if position < len(names) else ""
 
+    def constant_named(self, name: str) -> np.ndarray | None:
+        """A constant, also one that is transposed or cast without loss; None for other values."""
+        if name in self.constants:
+            return onnx.numpy_helper.to_array(self.constants[name])
+        made = self.producers.get(name)
+        if made is None or made.domain or made.op_type not in ("Cast", "Identity", "Transpose"):
+            return None
+        array = self.constant_named(made.input[0])
+        options = {a.name: onnx.helper.get_attribute_value(a) for a in made.attribute}
+        if array is None or made.op_type == "Identity":
+            return array
+        if made.op_type == "Transpose":
+            return array.transpose(options.get("perm"))
+        cast = array.astype(onnx.helper.tensor_dtype_to_np_dtype(options["to"]))
+        # what a cast keeps is the same number in the smaller type
+        return array if (cast.astype(array.dtype) == array).all() else cast
+
     def constant(self, position: int, meaning: str) -> np.ndarray | None:
         """The value of an input, None where the input is not given.
 
@@ -205,12 +222,13 @@ class Found:
         name = self.input(position)
         if not name:
             return None
-        if name not in self.constants:
+        array = self.constant_named(name)
+        if array is None:
             raise FormatError(
                 f"{describe(self.node)}: input {position} ({meaning}) is {name!r}, which is not "
                 f"a constant of the file: only weights that are initialisers can be read"
             )
-        return onnx.numpy_helper.to_array(self.constants[name])
+        return array
 
 
 def describe(node: NodeProto) -> str:
