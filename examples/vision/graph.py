@@ -22,10 +22,9 @@ def to_onnx(
         functions: definitions of operators that the file is to carry.
     """
     writer = Writer(np.dtype(np.float32))
-    config = model.embedding.config
-    size = config.image_size
-    x = writer.input("images", ("batch", size, size, config.channels))
-    x = _embedding(writer, model.embedding, x)
+    config = model.config
+    images = ("batch", config.image_size, config.image_size, config.channels)
+    x = _embedding(writer, model.embedding, writer.input("images", images))
     for index, block in enumerate(model.blocks):
         x = _block(writer, block, x, f"blocks.{index}", add_moe)
     x = writer.op("ReduceMean", _norm(writer, model.norm, x, "norm"), axes=[1], keepdims=0)
@@ -35,8 +34,7 @@ def to_onnx(
 
 
 def _embedding(writer: Writer, embedding: PatchEmbedding, images: str) -> str:
-    config = embedding.config
-    n, p, c = config.patches, config.patch_size, config.channels
+    n, p, c = (getattr(embedding.config, f) for f in ("patches", "patch_size", "channels"))
     patches = writer.op("Reshape", images, writer.integers(-1, n, p, n, p, c))
     patches = writer.op("Transpose", patches, perm=[0, 1, 3, 2, 4, 5])
     flat = writer.op("Reshape", patches, writer.integers(-1, n * n, p * p * c))
@@ -44,43 +42,35 @@ def _embedding(writer: Writer, embedding: PatchEmbedding, images: str) -> str:
 
 
 def _block(writer: Writer, block: Block, x: str, name: str, add_moe: AddLayer) -> str:
-    attended = _attention(
-        writer,
-        block.attention,
-        _norm(writer, block.norm1, x, f"{name}.norm1"),
-        f"{name}.attention",
-    )
+    normed = _norm(writer, block.norm1, x, f"{name}.norm1")
+    with writer.scope(f"{name}.attention"):
+        attended = _attention(writer, block.attention, normed, f"{name}.attention")
     x = writer.op("Add", x, attended)
     normed = _norm(writer, block.norm2, x, f"{name}.norm2")
     return writer.op("Add", x, add_moe(writer, block.mlp, normed, f"{name}.mlp"))
 
 
 def _attention(writer: Writer, attention: WindowAttention, x: str, name: str) -> str:
-    windows, heads = attention.windows, attention.num_heads
-    count, n = windows.order.shape
-    size = attention.output.out_features
-    with writer.scope(name):
-        qkv = _linear(writer, attention.qkv, x, f"{name}.qkv")
-        grouped = writer.op("Gather", qkv, writer.integers(*windows.order.reshape(-1)), axis=1)
-        shape = writer.integers(-1, count, n, 3, heads, size // heads)
-        parts = writer.op("Reshape", grouped, shape)
-        # the scores want keys as columns
-        q, k, v = (
-            writer.op(
-                "Transpose",
-                writer.op("Gather", parts, writer.constant(f"{i}", np.int64(i)), axis=3),
-                perm=perm,
-            )
-            for i, perm in enumerate([(0, 1, 3, 2, 4), (0, 1, 3, 4, 2), (0, 1, 3, 2, 4)])
-        )
-        scaled = writer.op("Mul", q, writer.number((size // heads) ** -0.5))
-        biases = writer.constant(f"{name}.biases", attention.biases())
-        scores = writer.op("Add", writer.op("MatMul", scaled, k), biases)
-        mixed = writer.op("MatMul", writer.op("Softmax", scores, axis=-1), v)
-        merged = writer.op("Transpose", mixed, perm=[0, 1, 3, 2, 4])
-        tokens = writer.op("Reshape", merged, writer.integers(-1, count * n, size))
-        restored = writer.op("Gather", tokens, writer.integers(*windows.inverse), axis=1)
-        return _linear(writer, attention.output, restored, f"{name}.output")
+    order, mask = attention.windows()
+    heads, hidden = attention.config.num_heads, attention.config.hidden_size
+    size = hidden // heads
+    qkv = _linear(writer, attention.qkv, x, f"{name}.qkv")
+    grouped = writer.op("Gather", qkv, writer.constant(f"{name}.order", order), axis=1)
+    parts = writer.op("Reshape", grouped, writer.integers(-1, *order.shape, 3, heads, size))
+    first = writer.op("Transpose", parts, perm=[3, 0, 1, 4, 2, 5])
+    q, k, v = (
+        writer.op("Squeeze", part, writer.integers(0))
+        for part in writer.ops("Split", 3, first, axis=0)
+    )
+    products = writer.op("MatMul", q, writer.op("Transpose", k, perm=[0, 1, 2, 4, 3]))
+    scaled = writer.op("Mul", products, writer.number(size**-0.5))
+    scores = writer.op("Add", scaled, writer.constant(f"{name}.mask", mask[:, None]))
+    mixed = writer.op("MatMul", writer.op("Softmax", scores, axis=-1), v)
+    merged = writer.op("Transpose", mixed, perm=[0, 1, 3, 2, 4])
+    tokens = writer.op("Reshape", merged, writer.integers(-1, order.size, hidden))
+    inverse = writer.constant(f"{name}.inverse", np.argsort(order, axis=None))
+    restored = writer.op("Gather", tokens, inverse, axis=1)
+    return _linear(writer, attention.output, restored, f"{name}.output")
 
 
 def _linear(writer: Writer, linear: nnx.Linear, x: str, name: str) -> str:

@@ -1,7 +1,7 @@
 """An image classifier of window attention and mixture-of-experts blocks.
 
 The plan is that of the Swin transformer: patches become tokens, tokens attend to those of their
-window, and every other block moves the windows by half their width so that neighbours meet. The
+window, and every second block moves the windows by half their width so that neighbours meet. The
 feed-forward of each block is a `moe_jax.MoE` that drops no tokens.
 
 Source: Swin Transformer, https://arxiv.org/abs/2103.14030
@@ -22,22 +22,22 @@ class VisionConfig:
     """The sizes of a model.
 
     Attributes:
-        image_size: height and width of an image in pixels.
-        channels: numbers in a pixel.
+        patches: patches along a side of the image.
         patch_size: height and width of a patch in pixels.
-        window_size: height and width of a window in patches.
+        channels: numbers in a pixel.
+        window_size: height and width of a window in patches; divides `patches`.
         hidden_size: numbers in a token.
-        num_heads: attention heads.
-        num_blocks: blocks; every second one moves its windows.
+        num_heads: attention heads; divides `hidden_size`.
+        num_blocks: blocks.
         num_experts: experts in a block.
         experts_per_token: experts that a token is sent to.
         intermediate_size: hidden units of an expert.
         num_classes: what an image can be.
     """
 
-    image_size: int = 16
-    channels: int = 3
+    patches: int = 8
     patch_size: int = 2
+    channels: int = 3
     window_size: int = 4
     hidden_size: int = 24
     num_heads: int = 2
@@ -48,58 +48,35 @@ class VisionConfig:
     num_classes: int = 10
 
     def __post_init__(self) -> None:
-        for whole, part in (
-            ("image_size", "patch_size"),
-            ("patches", "window_size"),
-            ("hidden_size", "num_heads"),
-        ):
-            if getattr(self, whole) % getattr(self, part):
-                raise ValueError(
-                    f"{part}={getattr(self, part)} must divide {whole}={getattr(self, whole)}"
-                )
+        if self.patches % self.window_size or self.hidden_size % self.num_heads:
+            raise ValueError(
+                f"window_size must divide patches, and num_heads hidden_size, got {self}"
+            )
 
     @property
-    def patches(self) -> int:
-        """Patches along a side of the image."""
-        return self.image_size // self.patch_size
+    def image_size(self) -> int:
+        """Height and width of an image in pixels."""
+        return self.patches * self.patch_size
 
 
-@dataclasses.dataclass(frozen=True)
-class Windows:
-    """Which tokens attend to each other.
+def windows(patches: int, window_size: int, shift: int) -> tuple[np.ndarray, np.ndarray]:
+    """The windows of an image of patches x patches, moved by `shift` along both sides.
 
-    Attributes:
-        order: int [windows, n], the tokens of each window.
-        inverse: int [tokens], where each token stands in `order`.
-        mask: float32 [windows, n, n], -1e9 between tokens that are neighbours only because the
-            image was wrapped around.
-        offsets: int [n, n], a number for each difference between two places of a window.
+    Returns:
+        The tokens of each window, int [windows, n], and float32 [windows, n, n] to add to their
+        scores: -1e9 between tokens that meet only because the image was wrapped around.
     """
+    count = patches // window_size
 
-    order: np.ndarray
-    inverse: np.ndarray
-    mask: np.ndarray
-    offsets: np.ndarray
+    def cut(grid: np.ndarray) -> np.ndarray:
+        parts = np.roll(grid, (-shift, -shift), (0, 1))
+        parts = parts.reshape(count, window_size, count, window_size).swapaxes(1, 2)
+        return parts.reshape(count * count, window_size * window_size)
 
-    @classmethod
-    def of(cls, patches: int, window_size: int, shift: int) -> "Windows":
-        """The windows of an image of patches x patches, moved by `shift` along both sides."""
-
-        def cut(grid: np.ndarray) -> np.ndarray:
-            count = patches // window_size
-            parts = np.roll(grid, (-shift, -shift), (0, 1)).reshape(
-                count, window_size, count, window_size
-            )
-            return parts.swapaxes(1, 2).reshape(count * count, window_size * window_size)
-
-        order = cut(np.arange(patches * patches).reshape(patches, patches))
-        wrapped = np.arange(patches) < shift
-        sides = cut(2 * wrapped[:, None] + wrapped[None, :])
-        mask = np.where(sides[:, :, None] == sides[:, None, :], 0, -1e9).astype(np.float32)
-        row, column = np.divmod(np.arange(window_size**2), window_size)
-        width = 2 * window_size - 1
-        rows, columns = (p[:, None] - p[None, :] + window_size - 1 for p in (row, column))
-        return cls(order, np.argsort(order.reshape(-1)), mask, rows * width + columns)
+    wrapped = np.arange(patches) < shift
+    sides = cut(2 * wrapped[:, None] + wrapped[None, :])
+    mask = np.where(sides[:, :, None] == sides[:, None, :], 0, -1e9).astype(np.float32)
+    return cut(np.arange(patches * patches).reshape(patches, patches)), mask
 
 
 class PatchEmbedding(nnx.Module):
@@ -117,39 +94,26 @@ class PatchEmbedding(nnx.Module):
 
 
 class WindowAttention(nnx.Module):
-    """Attention among the tokens of a window, with a bias for each relative place."""
+    """Attention among the tokens of a window, [b, s, d] -> [b, s, d]."""
 
     def __init__(self, config: VisionConfig, shift: int, rngs: nnx.Rngs) -> None:
-        self.num_heads = config.num_heads
-        self.shift = shift
-        self.patches, self.window_size = config.patches, config.window_size
+        self.config, self.shift = config, shift
         self.qkv = nnx.Linear(config.hidden_size, 3 * config.hidden_size, rngs=rngs)
         self.output = nnx.Linear(config.hidden_size, config.hidden_size, rngs=rngs)
-        places = (2 * config.window_size - 1) ** 2
-        table = jax.random.normal(rngs.params(), (config.num_heads, places))
-        self.relative_bias = nnx.Param(0.02 * table)
 
-    @property
-    def windows(self) -> Windows:
-        """The windows, which hold no parameters."""
-        return Windows.of(self.patches, self.window_size, self.shift)
-
-    def biases(self) -> jax.Array:
-        """What is added to the scores, [windows, heads, n, n]."""
-        windows = self.windows
-        return self.relative_bias[...][None, :, windows.offsets] + windows.mask[:, None]
+    def windows(self) -> tuple[np.ndarray, np.ndarray]:
+        """See the function `windows`."""
+        return windows(self.config.patches, self.config.window_size, self.shift)
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        windows = self.windows
-        b, s, d = x.shape
-        count, n = windows.order.shape
-        grouped = self.qkv(x)[:, windows.order.reshape(-1)]
-        parts = grouped.reshape(b, count, n, 3, self.num_heads, d // self.num_heads)
+        order, mask = self.windows()
+        batch, tokens, size = x.shape
+        heads = self.config.num_heads
+        parts = self.qkv(x)[:, order].reshape(batch, *order.shape, 3, heads, size // heads)
         q, k, v = parts.transpose(3, 0, 1, 4, 2, 5)
-        scores = q @ k.swapaxes(-1, -2) * (d // self.num_heads) ** -0.5 + self.biases()[None]
-        mixed = jax.nn.softmax(scores, axis=-1) @ v
-        tokens = mixed.swapaxes(2, 3).reshape(b, s, d)
-        return self.output(tokens[:, windows.inverse])
+        scores = q @ k.swapaxes(-1, -2) * (size // heads) ** -0.5 + mask[None, :, None]
+        mixed = (jax.nn.softmax(scores, axis=-1) @ v).swapaxes(2, 3)
+        return self.output(mixed.reshape(batch, tokens, size)[:, np.argsort(order, axis=None)])
 
 
 class Block(nnx.Module):
@@ -170,6 +134,7 @@ class VisionMoE(nnx.Module):
     """Images [b, h, w, c] -> logits [b, class]."""
 
     def __init__(self, config: VisionConfig, rngs: nnx.Rngs) -> None:
+        self.config = config
         self.embedding = PatchEmbedding(config, rngs)
         shifts = (0, config.window_size // 2)
         self.blocks = nnx.List(
@@ -187,25 +152,19 @@ class VisionMoE(nnx.Module):
 
 def make_moe(config: VisionConfig, rngs: nnx.Rngs) -> MoE:
     """A dropless layer of MLPs with gelu."""
-    hidden, intermediate = config.hidden_size, config.intermediate_size
+    experts, hidden, inner = config.num_experts, config.hidden_size, config.intermediate_size
 
-    def normal(*axes: tuple[str, int]) -> Tagged:
-        names, shape = zip(*axes, strict=True)
-        array = jax.random.normal(rngs.params(), shape) * shape[-1] ** -0.5
-        return Tagged(array, names)
+    def normal(axes: tuple[str, ...], *shape: int) -> Tagged:
+        return Tagged(jax.random.normal(rngs.params(), shape) * shape[-1] ** -0.5, axes)
 
-    def zeros(size: int) -> Tagged:
-        return Tagged(jnp.zeros((config.num_experts, size)), ("expert", "out"))
-
-    expert = ("expert", config.num_experts)
     return MoE(
         MLP(
-            up=normal(expert, ("out", intermediate), ("in", hidden)),
-            down=normal(expert, ("out", hidden), ("in", intermediate)),
-            up_bias=zeros(intermediate),
-            down_bias=zeros(hidden),
+            up=normal(("expert", "out", "in"), experts, inner, hidden),
+            down=normal(("expert", "out", "in"), experts, hidden, inner),
+            up_bias=Tagged(jnp.zeros((experts, inner)), ("expert", "out")),
+            down_bias=Tagged(jnp.zeros((experts, hidden)), ("expert", "out")),
             activation=Activation("gelu"),
         ),
-        normal(expert, ("d", hidden)),
+        normal(("expert", "d"), experts, hidden),
         experts_per_token=config.experts_per_token,
     )
