@@ -95,16 +95,26 @@ def test_r1_r2_r3_r7_routers_match(row, runtime, rng, record_property):
 WRONG = ("tokens_per_expert_ratio", "router_bias", "selection_bias", "up", "down_bias")
 
 
-@settings(max_examples=500, derandomize=True, deadline=None, database=None)
-@given(layer_oracle.layers(), st.sampled_from(["", "", "", "", *WRONG]))
-def test_x2_random_layers_match_onnxruntime_or_are_refused(case, wrong):
-    layer, x = case
-    if not wrong or not hasattr(layer.experts.tree(), "activation"):
-        y = run(export_dense(layer), x)
-        assert relative(y, layer_oracle.evaluate(layer, x)) < 2e-6
-        return
-    with pytest.raises(FormatError, match=wrong):
-        export_dense(damaged(layer, wrong))
+def test_x2_random_layers_match_onnxruntime_or_are_refused(record_property):
+    errors = []
+
+    @settings(max_examples=500, derandomize=True, deadline=None, database=None)
+    @given(layer_oracle.layers(), st.sampled_from(["", "", "", "", *WRONG]))
+    def check(case, wrong):
+        layer, x = case
+        if not wrong or not hasattr(layer.experts.tree(), "activation"):
+            y = run(export_dense(layer), x)
+            errors.append(relative(y, layer_oracle.evaluate(layer, x)))
+            assert errors[-1] < 1e-6
+            return
+        with pytest.raises(FormatError, match=wrong):
+            export_dense(damaged(layer, wrong))
+
+    check()
+    record_property("row", "X2")
+    record_property("error", max(errors))
+    record_property("with", f"{ORT}, {len(errors)} random layers")
+    record_property("bad_input", "export of what the target cannot say")
 
 
 def damaged(layer: MoE, wrong: str) -> MoE:
@@ -127,15 +137,24 @@ def damaged(layer: MoE, wrong: str) -> MoE:
     return MoE(experts, router, experts_per_token=layer.config.experts_per_token, **options)
 
 
-@settings(max_examples=25, derandomize=True, deadline=None, database=None)
-@given(layer_oracle.layers())
-def test_x2_random_layers_match_openvino(case):
-    layer, x = case
-    y = run_openvino(export_dense(layer), x)
-    assert relative(y, layer_oracle.evaluate(layer, x)) < 1e-5
+def test_x2_random_layers_match_openvino(record_property):
+    errors = []
+
+    @settings(max_examples=15, derandomize=True, deadline=None, database=None)
+    @given(layer_oracle.layers())
+    def check(case):
+        layer, x = case
+        y = run_openvino(export_dense(layer), x)
+        errors.append(relative(y, layer_oracle.evaluate(layer, x)))
+        assert errors[-1] < 1e-5
+
+    check()
+    record_property("row", "X2")
+    record_property("error", max(errors))
+    record_property("with", f"{OPENVINO}, {len(errors)} random layers")
 
 
-@settings(max_examples=30, derandomize=True, deadline=None, database=None)
+@settings(max_examples=20, derandomize=True, deadline=None, database=None)
 @given(layer_oracle.layers((jnp.float32, jnp.float16, jnp.bfloat16)))
 def test_layers_of_any_float_come_back_with_the_same_bits(case):
     layer, x = case
@@ -160,7 +179,7 @@ def test_only_standard_operators_are_used(rng):
     onnx.checker.check_model(model, full_check=True)
 
 
-def test_square_weights_keep_their_orientation(rng, record_property):
+def test_trap_3_square_weights_keep_their_orientation(rng, record_property):
     experts = layer_oracle.gated(rng, 5, 4, 4, Activation("swiglu"))
     layer = layer_oracle.moe(rng, experts, 5, 4, 2)
     x = tokens(rng)
@@ -235,15 +254,16 @@ def test_what_an_expert_overflows_to_counts_only_where_it_was_chosen(rng):
     assert np.isfinite(y).all()
 
 
-@nnx.vmap(in_axes=0, out_axes=0)
-def linear_experts(rngs: nnx.Rngs) -> nnx.Linear:
-    return nnx.Linear(4, 4, rngs=rngs)
+class Module(nnx.Module):
+    """Experts that are a Flax module."""
+
+    def __init__(self) -> None:
+        self.weight = nnx.Param(jnp.ones((5, 4, 4)))
 
 
 def test_experts_that_are_not_known_are_refused(rng):
-    module = linear_experts(nnx.Rngs(0).split(5))
-    with pytest.raises(FormatError, match="Flax module Linear"):
-        export_dense(layer_oracle.moe(rng, module, 5, 4, 2))
+    with pytest.raises(FormatError, match="Flax module Module"):
+        export_dense(layer_oracle.moe(rng, Module(), 5, 4, 2))
     with pytest.raises(FormatError, match="experts are .*known are Identity, MLP"):
         export_dense(layer_oracle.moe(rng, {"a": jnp.zeros((5, 3))}, 5, 4, 2))
 

@@ -297,7 +297,7 @@ def _check_nodes(model: ModelProto, name: str, note: Mapping[str, Any], layer: M
     found = [
         node.SerializeToString(deterministic=True)
         for node in model.graph.node
-        if node.name.startswith(f"{name}/")
+        if node.name.rpartition("/")[0] == name
     ]
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
     same = all(constants.get(key) == tensor for key, tensor in anew.constants.items())

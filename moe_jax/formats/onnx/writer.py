@@ -73,7 +73,7 @@ class Writer:
         dtype: np.dtype | None = None,
     ) -> None:
         """Gives a result to the caller under a name."""
-        self.nodes.append(graph.node("Identity", [result], [name], name=f"{name}/Identity"))
+        self.nodes.append(graph.node("Identity", [result], [name], name=f"output {name}"))
         self.outputs.append(graph.value(name, dtype or self.dtype, shape))
 
     def constant(self, name: str, array: Any) -> str:
