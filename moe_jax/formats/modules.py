@@ -1,5 +1,6 @@
 """The MoE layers of a Flax model, by the path at which each lies."""
 
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,6 +11,9 @@ from moe_jax.formats.errors import FormatError
 from moe_jax.layer import MoE
 from moe_jax.tagged import Tagged, is_tagged
 from moe_jax.variables import Variables, value
+
+_EXECUTION = ("algorithm", "tokens_per_expert_ratio", "overflow", "sharding")
+"""Fields of a layer's config that say how it is computed, not what."""
 
 
 def moe_layers(model: nnx.Module) -> dict[str, MoE]:
@@ -83,9 +87,35 @@ def experts_of(layer: MoE) -> Any:
     return layer.experts.tree()
 
 
+def check_sayable(layer: MoE, *parts: str) -> None:
+    """Raises FormatError where a layer does something that a format has no place for.
+
+    Args:
+        layer: the layer.
+        parts: the fields of the layer and of its config that the format can say, besides
+            `experts`, `router_weight` and `experts_per_token`. Which algorithm computes all chosen
+            pairs, and on which devices, is not part of what a layer says.
+    """
+    config = layer.config
+    if config.tokens_per_expert_ratio is not None or config.algorithm == "fixed_budget":
+        raise FormatError(
+            f"tokens_per_expert_ratio={config.tokens_per_expert_ratio} with "
+            f"algorithm={config.algorithm!r}: only a layer that computes every chosen pair can be "
+            f"written, make one without a ratio"
+        )
+    said = {"experts", "router_weight", "experts_per_token", *_EXECUTION, *parts}
+    for field in dataclasses.fields(config):
+        given = getattr(config, field.name)
+        if field.name not in said and given != field.default:
+            raise FormatError(f"{field.name}={given!r}: this format only says {field.default!r}")
+    for name in nnx.state(layer):
+        if name not in said:
+            raise FormatError(f"{name}: this format has no place for it, make the layer without")
+
+
 def _changes(name: str, own: MoE, other: MoE) -> list[tuple[nnx.Variable, jax.Array]]:
     """The variables of `own`, each with the array that it is to hold."""
-    for field in ("experts_per_token", "router"):
+    for field in (f.name for f in dataclasses.fields(own.config) if f.name not in _EXECUTION):
         expected, found = getattr(own.config, field), getattr(other.config, field)
         if expected != found:
             raise FormatError(f"layer {name!r}: {field} is {expected} in the model, not {found}")
@@ -109,11 +139,11 @@ def _changes(name: str, own: MoE, other: MoE) -> list[tuple[nnx.Variable, jax.Ar
 def _parts(layer: MoE) -> dict[str, tuple[nnx.Variable, Tagged]]:
     """Each variable of a layer with its value, by name."""
     assert isinstance(layer.experts, Variables)  # experts_of has checked it
-    parts: dict[str, tuple[nnx.Variable, Tagged]] = {}
-    for name in ("router_weight", "router_bias", "selection_bias"):
-        variable = getattr(layer, name)
-        if variable is not None:
-            parts[name] = variable, value(variable)
+    parts: dict[str, tuple[nnx.Variable, Tagged]] = {
+        name: (getattr(layer, name), value(getattr(layer, name)))
+        for name in nnx.state(layer)
+        if name != "experts"
+    }
     tagged = jax.tree.leaves(layer.experts.tree(), is_leaf=is_tagged)
     for name, leaf in zip(layer.experts.names, tagged, strict=True):
         parts[f"experts.{name}"] = layer.experts.leaves[name], leaf

@@ -26,7 +26,7 @@ from moe_jax.activations import GPT_OSS_ACTIVATION, Activation
 from moe_jax.checkpoint import Checkpoint
 from moe_jax.experts.layers import MLP, GatedMLP, GptOssMLP
 from moe_jax.formats.errors import FormatError
-from moe_jax.formats.modules import experts_of
+from moe_jax.formats.modules import check_sayable, experts_of
 from moe_jax.layer import MoE
 from moe_jax.routing import Router
 from moe_jax.safetensors_file import open_file, read_exactly, read_header
@@ -320,6 +320,7 @@ def _check_sizes(layout: Layout, fields: Mapping[str, Tagged]) -> None:
 
 def _checked_experts(layer: MoE, layout: Layout) -> Any:
     """The layer's experts, after a check that the layout can hold the layer."""
+    check_sayable(layer, "router", "router_bias")
     experts, config = experts_of(layer), layer.config
     if type(experts) is not layout.experts:
         raise FormatError(
@@ -334,10 +335,6 @@ def _checked_experts(layer: MoE, layout: Layout) -> Any:
                 f"{field} is {found}, the layout's is {expected}: state dicts do not hold it, so "
                 f"use dataclasses.replace(layout, {field}=...) on both sides"
             )
-    if config.tokens_per_expert_ratio is not None or config.algorithm == "fixed_budget":
-        raise FormatError("tokens_per_expert_ratio: such modules compute every chosen pair")
-    if layer.selection_bias is not None:
-        raise FormatError("selection_bias: the layout has no tensor for it")
     present = {"router_bias": layer.router_bias} if layer.router_bias is not None else {}
     present |= {field: part for field, part in vars(experts).items() if field != "activation"}
     extra = [field for field, part in present.items() if part is not None and field not in names]

@@ -53,16 +53,6 @@ def weight_of(array: np.ndarray) -> Tagged:
     return Tagged(jnp.asarray(array.swapaxes(1, 2)), ("expert", "out", "in"))
 
 
-def check_exact(layer: MoE) -> None:
-    """Raises FormatError where a token's result depends on the other tokens."""
-    config = layer.config
-    advice = "only a layer that computes every chosen pair can be written, make one without it"
-    if config.tokens_per_expert_ratio is not None:
-        raise FormatError(f"tokens_per_expert_ratio={config.tokens_per_expert_ratio}: {advice}")
-    if config.algorithm == "fixed_budget":
-        raise FormatError(f"algorithm={config.algorithm!r}: {advice}")
-
-
 def hidden_size(layer: MoE) -> int:
     """The size of the tokens that a layer takes."""
     return value(layer.router_weight).size("d")

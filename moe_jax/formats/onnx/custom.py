@@ -28,12 +28,11 @@ from onnx import FunctionProto, ModelProto, parser
 from moe_jax.activations import Activation
 from moe_jax.experts.layers import MLP
 from moe_jax.formats.errors import FormatError
-from moe_jax.formats.modules import experts_of
+from moe_jax.formats.modules import check_sayable, experts_of
 from moe_jax.formats.onnx import graph
 from moe_jax.formats.onnx.common import (
     WEIGHT_AXES,
     array_of,
-    check_exact,
     layers_model,
     weight_of,
 )
@@ -235,13 +234,10 @@ def _experts(layer: MoE) -> MLP:
 
 def _arrays(layer: MoE, expert_dtype: str | None) -> dict[str, np.ndarray]:
     """The node's constants in order, by the last part of their names."""
-    check_exact(layer)
+    check_sayable(layer, "router")
     experts, config = _experts(layer), layer.config
     if config.router not in ROUTERS:
         raise FormatError(f"router={config.router}: CustomMoE computes {ROUTERS[0]} and its equals")
-    for field in ("router_bias", "selection_bias"):
-        if getattr(layer, field) is not None:
-            raise FormatError(f"{field}: CustomMoE has none, make the layer without it")
     if config.experts_per_token > MAX_EXPERTS_PER_TOKEN:
         raise FormatError(
             f"experts_per_token={config.experts_per_token}: CustomMoE takes "

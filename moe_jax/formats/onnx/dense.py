@@ -22,13 +22,12 @@ from onnx import ModelProto
 from moe_jax.activations import Activation
 from moe_jax.experts.layers import MLP, GatedMLP, GptOssMLP, Identity
 from moe_jax.formats.errors import FormatError
-from moe_jax.formats.modules import experts_of
+from moe_jax.formats.modules import check_sayable, experts_of
 from moe_jax.formats.onnx import graph
 from moe_jax.formats.onnx.activation_nodes import add_activation, add_combine
 from moe_jax.formats.onnx.common import (
     WEIGHT_AXES,
     array_of,
-    check_exact,
     hidden_size,
     layers_model,
     weight_of,
@@ -103,7 +102,7 @@ def add_dense(writer: Writer, layer: MoE, x: str, name: str) -> str:
     Raises:
         FormatError: the layer cannot be said.
     """
-    check_exact(layer)
+    check_sayable(layer, "router", "router_bias", "selection_bias")
     experts = experts_of(layer)
     if type(experts) not in _EXPERTS:
         known = ", ".join(kind.__name__ for kind in _EXPERTS)
