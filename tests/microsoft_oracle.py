@@ -58,29 +58,43 @@ def float_weight(rng, shape, dtype=np.float32):
     return Weight(tag(jnp.asarray(array), "expert", "out", "in"), array.astype(np.float64))
 
 
-def mxfp4_weight(rng, shape):
+def mxfp4_weight(rng, shape, minus_zero=True):
+    """Random codes and scales; without minus zero, which integers cannot say, if asked so."""
     experts, outputs, inputs = shape
-    return Weight(*core_oracle.random_mxfp4(rng, experts, outputs, inputs // 32))
+    packed, floats = core_oracle.random_mxfp4(rng, experts, outputs, inputs // 32)
+    if not minus_zero:
+        blocks = np.asarray(packed.blocks.array)
+        low, high = (np.where(codes == 8, 0, codes) for codes in (blocks & 15, blocks >> 4))
+        blocks = (low | high << 4).astype(np.uint8)
+        packed = dataclasses.replace(packed, blocks=tag(blocks, *packed.blocks.axes))
+    return Weight(packed, floats)
 
 
-def integer_weight(rng, shape, bits, group_size, zero_points):
-    """Codes and scales drawn at random, packed byte by byte."""
+def integer_weight(rng, shape, bits, group_size=None, zero_points=False):
+    """Codes and scales drawn at random, packed byte by byte; one group a row if not told."""
     experts, outputs, inputs = shape
+    group_size = group_size or inputs
     groups = inputs // group_size
     codes = rng.integers(0, 2**bits, (experts, outputs, groups, group_size))
     scales = rng.uniform(0.5, 1.5, codes.shape[:3]).astype(np.float32) / 2**bits
     zero = rng.integers(3 * 2**bits // 8, 5 * 2**bits // 8 + 1, codes.shape[:3])
-    each = 8 // bits
-    packed = sum(codes[..., i::each] << (bits * i) for i in range(each)).astype(np.uint8)
     centre = zero[..., None] if zero_points else 2 ** (bits - 1)
     floats = (codes - centre) * scales.astype(np.float64)[..., None]
     ours = Integers(
-        tag(packed, "expert", "out", "group", "byte"),
+        tag(pack_bits(codes, bits), "expert", "out", "group", "byte"),
         tag(scales, "expert", "out", "group"),
         tag(zero.astype(np.uint8), "expert", "out", "group") if zero_points else None,
         bits,
     )
     return Weight(ours, floats.reshape(shape))
+
+
+def pack_bits(codes, bits):
+    """Codes [..., n] in bytes, the lowest bits first; the last byte filled with zeros."""
+    each = 8 // bits
+    padded = np.zeros((*codes.shape[:-1], -(-codes.shape[-1] // each) * each), np.int64)
+    padded[..., : codes.shape[-1]] = codes
+    return sum(padded[..., i::each] << (bits * i) for i in range(each)).astype(np.uint8)
 
 
 def lanes(array, layout):

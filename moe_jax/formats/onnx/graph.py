@@ -188,7 +188,14 @@ class Found:
                     f"known are {sorted(defaults)}"
                 )
             found = onnx.helper.get_attribute_value(attribute)
-            given[attribute.name] = found.decode() if isinstance(found, bytes) else found
+            found = found.decode() if isinstance(found, bytes) else found
+            default = defaults[attribute.name]
+            if default is not None and type(found) is not type(default):
+                raise FormatError(
+                    f"{describe(self.node)}: {attribute.name} must be of type "
+                    f"{type(default).__name__}, got {found!r}"
+                )
+            given[attribute.name] = found
         return {**defaults, **given}
 
     def input(self, position: int) -> str:
@@ -211,7 +218,8 @@ class Found:
             return array.transpose(options.get("perm"))
         cast = array.astype(onnx.helper.tensor_dtype_to_np_dtype(options["to"]))
         # what a cast keeps is the same number in the smaller type
-        return array if (cast.astype(array.dtype) == array).all() else cast
+        kept = (cast.astype(array.dtype) == array) | (array != array)
+        return array if kept.all() else cast
 
     def constant(self, position: int, meaning: str) -> np.ndarray | None:
         """The value of an input, None where the input is not given.

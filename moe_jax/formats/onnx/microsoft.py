@@ -7,10 +7,16 @@ Experts of floats become MoE nodes, packed experts (MXFP4, integers) QMoE nodes.
 written [expert, out, in]: onnxruntime also takes [expert, in, out], from older exporters, and
 multiplies it untransposed. What a layer or the target cannot say raises `FormatError` here.
 
-onnxruntime's CPU kernels round activations to 8 bits before they meet 8-bit weights in blocks
-(MXFP4 among them), an error of about 1e-2, unless the environment has
-`ORT_QMOE_CPU_QNBIT_GEMM=fp32` when the session is made. A NaN or +inf among a token's logits gives
-a row of zeros there, and NaN here. Equal logits go to the expert with the highest index there.
+Where onnxruntime's CPU kernels (1.31.1) compute otherwise than the layer does here:
+
+    - 8-bit weights in blocks, MXFP4 among them, meet activations rounded to 8 bits, an error of
+      about 1e-2, unless the environment has `ORT_QMOE_CPU_QNBIT_GEMM=fp32` when the session is
+      made. So do 2-bit weights in blocks of 32 or more where the rows are a multiple of 128, about
+      5e-3, always.
+    - QMoE without `router_weights` normalises the weights even where the attribute says not to, so
+      that `write` gives it `router_weights` then.
+    - A NaN or +inf among a token's logits gives a row of zeros there, and NaN here.
+    - Equal logits go to the expert with the highest index there, to the lowest here.
 """
 
 from moe_jax.formats.onnx.microsoft_matrices import IntegerWeight as IntegerWeight

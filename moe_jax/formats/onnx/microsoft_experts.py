@@ -22,7 +22,8 @@ from moe_jax.formats.onnx.microsoft_matrices import (
     weight_of,
 )
 from moe_jax.formats.onnx.microsoft_schema import ACTIVATION_TYPES, FUSION_LAYOUTS, Target
-from moe_jax.quantization.tiled import is_packed
+from moe_jax.quantization.mxfp4 import BlockScaled
+from moe_jax.quantization.tiled import TiledMXFP4
 from moe_jax.tagged import Tagged, tag
 
 type ExpertKind = Literal["MLP", "GatedMLP", "GptOssMLP"]
@@ -259,7 +260,7 @@ def _check_shape(name: str, part: Linear, shape: tuple[int, ...]) -> None:
 
 
 def _is_mxfp4(experts: Any, name: str) -> bool:
-    return is_packed(getattr(experts, name))
+    return isinstance(getattr(experts, name), BlockScaled | TiledMXFP4)
 
 
 def _split(fused: Linear, layout: Layout) -> tuple[Linear, Linear]:

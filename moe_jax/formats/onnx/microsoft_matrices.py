@@ -148,6 +148,11 @@ def weight_of(matrix: Matrix, mxfp4: bool) -> Any:
     return tag(matrix.dequantize(), "expert", "out", "in")
 
 
+def is_integer(weight: Any) -> bool:
+    """Whether it is a weight that becomes integers."""
+    return isinstance(weight, BlockScaled | TiledMXFP4 | IntegerWeight)
+
+
 def lanes(layout: Layout, size: int) -> tuple[np.ndarray, np.ndarray]:
     """The rows of gate and of linear lane among `size` rows that hold both."""
     rows, half = np.arange(size), size // 2

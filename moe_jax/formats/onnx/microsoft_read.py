@@ -19,7 +19,7 @@ from moe_jax.formats.onnx.microsoft_experts import (
     from_matrices,
 )
 from moe_jax.formats.onnx.microsoft_matrices import Matrix, unpack
-from moe_jax.formats.onnx.microsoft_router import (
+from moe_jax.formats.onnx.microsoft_router_read import (
     canonical,
     read_linear,
     read_router,
@@ -65,6 +65,9 @@ def read(source: str | os.PathLike[str] | ModelProto, *, target: Target = CPU) -
 
     Weights must be constants, in the file or its external data. Integer weights become the floats
     they stand for, except MXFP4 that `write` made, which is packed again.
+
+    Weights [expert, in, out], which old exporters wrote, are refused where shapes tell them from
+    [expert, out, in]; with equal hidden and intermediate size nothing does.
 
     Args:
         source: path of a file, or a model.

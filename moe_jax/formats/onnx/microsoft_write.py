@@ -19,7 +19,7 @@ from moe_jax.formats.onnx.microsoft_experts import (
     attribute_floats,
     to_matrices,
 )
-from moe_jax.formats.onnx.microsoft_matrices import pack
+from moe_jax.formats.onnx.microsoft_matrices import cast, is_integer, pack
 from moe_jax.formats.onnx.microsoft_router import export_router
 from moe_jax.formats.onnx.microsoft_schema import (
     ACTIVATION_TYPES,
@@ -33,7 +33,6 @@ from moe_jax.formats.onnx.microsoft_schema import (
     Target,
 )
 from moe_jax.layer import MoE
-from moe_jax.quantization.tiled import is_packed
 from moe_jax.tagged import Tagged, is_tagged
 from moe_jax.variables import Variables
 from moe_jax.variables import value as tagged_value
@@ -188,7 +187,7 @@ def _experts_of(layer: MoE) -> Any:
 def _float_type(experts: Any, wanted: Any, target: Target) -> np.dtype[Any]:
     """What the operator computes with. Raises FormatError where the target does not."""
     if wanted is None:
-        leaves = jax.tree.leaves(experts, is_leaf=lambda n: is_packed(n) or is_tagged(n))
+        leaves = jax.tree.leaves(experts, is_leaf=lambda n: is_integer(n) or is_tagged(n))
         types = sorted({str(n.dtype) for n in leaves if isinstance(n, Tagged)})
         floats = [t for t in types if "float" in t]
         if len(floats) > 1:
@@ -296,7 +295,8 @@ def _scale(
     prefix: str, scale: float, dtype: Any, nodes: list[NodeProto], constants: list[TensorProto]
 ) -> None:
     """The router's factor, which the operators lack, on the output."""
-    constants.append(initialiser(f"{prefix}router_scale", np.asarray(scale, dtype)))
+    factor = cast("the router's scale", np.asarray(scale), dtype)
+    constants.append(initialiser(f"{prefix}router_scale", factor))
     names = [f"{prefix}unscaled", f"{prefix}router_scale"]
     nodes.append(node("Mul", names, [f"{prefix}y"], name=f"{prefix}router_scaling"))
 
