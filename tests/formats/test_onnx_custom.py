@@ -8,7 +8,6 @@ import numpy as np
 import onnx
 import onnx.inliner
 import onnxruntime
-import openvino
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -17,7 +16,10 @@ from onnx import helper, numpy_helper
 from moe_jax import MLP, Activation, MoE, Router, tag
 from moe_jax.formats import FormatError
 from moe_jax.formats.onnx.custom import custom_moe_function, export_custom, import_custom
+from moe_jax.formats.openvino.package import load_openvino
 from moe_jax.variables import value
+
+openvino = load_openvino()
 
 RUNTIME = f"onnxruntime {onnxruntime.__version__}"
 FUNCTION = custom_moe_function()

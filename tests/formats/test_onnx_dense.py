@@ -8,7 +8,6 @@ import layer_oracle
 import numpy as np
 import onnx
 import onnxruntime
-import openvino
 import pytest
 from flax import nnx
 from hypothesis import given, settings
@@ -18,7 +17,10 @@ from onnx import numpy_helper
 from moe_jax import MLP, Activation, GatedMLP, MoE, Router, tag
 from moe_jax.formats import FormatError
 from moe_jax.formats.onnx.dense import export_dense, import_dense
+from moe_jax.formats.openvino.package import load_openvino
 from moe_jax.variables import value
+
+openvino = load_openvino()
 
 ORT = f"onnxruntime {onnxruntime.__version__}"
 OPENVINO = f"openvino {openvino.__version__.split('-')[0]}"

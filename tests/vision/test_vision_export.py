@@ -4,7 +4,6 @@ import jax
 import numpy as np
 import onnx
 import onnxruntime
-import openvino
 import pytest
 from flax import nnx
 from vision import export
@@ -14,6 +13,9 @@ from vision.model import VisionConfig, VisionMoE, windows
 from moe_jax.formats.modules import load_layers, moe_layers
 from moe_jax.formats.onnx.custom import add_custom, import_custom
 from moe_jax.formats.onnx.dense import add_dense, import_dense
+from moe_jax.formats.openvino.package import load_openvino
+
+openvino = load_openvino()
 
 CONFIG = VisionConfig(
     patches=4,
