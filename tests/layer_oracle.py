@@ -1,12 +1,26 @@
 """Whole layers in NumPy float64, and random ones: what other systems' runs are compared with."""
 
+import dataclasses
+
 import jax.numpy as jnp
 import numpy as np
 from core_oracle import assert_same, clamped_swiglu, combine, gelu, gelu_tanh, route, sigmoid
 from core_oracle import random_mxfp4 as random_mxfp4
 from hypothesis import strategies as st
 
-from moe_jax import MLP, Activation, GatedMLP, GptOssMLP, Identity, MoE, Router, Tagged, tag
+from moe_jax import (
+    MLP,
+    Activation,
+    GatedMLP,
+    GptOssMLP,
+    Identity,
+    MoE,
+    Norm,
+    Router,
+    T5FeedForward,
+    Tagged,
+    tag,
+)
 from moe_jax.variables import value
 
 PLAIN = {
@@ -16,6 +30,7 @@ PLAIN = {
     "gelu": gelu,
     "gelu_tanh": gelu_tanh,
 }
+WEIGHT = ("expert", "out", "in")
 GATES = {"geglu": gelu, "geglu_tanh": gelu_tanh, "reglu": PLAIN["relu"]}
 
 
@@ -53,6 +68,8 @@ def expert_function(experts):
 
     if isinstance(experts, Identity):
         return lambda e, x: x
+    if isinstance(experts, T5FeedForward):
+        return t5_function(experts)
     down = linear("down")
     if isinstance(experts, GatedMLP):
         gate, up = linear("gate"), linear("up")
@@ -61,16 +78,44 @@ def expert_function(experts):
     return lambda e, x: down(e, activated(experts.activation, up(e, x)))
 
 
+def normalized(norm: Norm, x: np.ndarray, weight: np.ndarray, bias: np.ndarray) -> np.ndarray:
+    """x [..., d], float64."""
+    if norm.kind == "layer":
+        x = x - x.mean(-1, keepdims=True)
+    return x / np.sqrt((x**2).mean(-1, keepdims=True) + norm.eps) * weight + bias
+
+
+def t5_function(experts: T5FeedForward):
+    """(expert, row) -> row, in float64."""
+    wi_0, wi_1, wo = (array(getattr(experts, f), *WEIGHT) for f in ("wi_0", "wi_1", "wo"))
+    weight = array(experts.norm_weight, "expert", "d")
+    bias = experts.norm_bias
+    offset = np.zeros(weight.shape) if bias is None else array(bias, "expert", "d")
+
+    def expert(e: int, x: np.ndarray) -> np.ndarray:
+        normed = normalized(experts.norm, x, weight[e], offset[e])
+        hidden = combined(experts.activation, wi_0[e] @ normed, wi_1[e] @ normed)
+        return x + wo[e] @ hidden
+
+    return expert
+
+
 def evaluate(layer: MoE, x: np.ndarray) -> np.ndarray:
     """What `layer` makes of x [..., D], in float64."""
     rows = x.reshape(-1, x.shape[-1]).astype(np.float64)
-    logits = rows @ array(value(layer.router_weight), "expert", "d").T
+    seen, config = rows, layer.config
+    if layer.router_norm_weight is not None:
+        weight = array(value(layer.router_norm_weight), "d")
+        seen = normalized(config.router_norm, rows, weight, np.zeros(len(weight)))
+    logits = seen @ array(value(layer.router_weight), "expert", "d").T
     if layer.router_bias is not None:
         logits = logits + array(value(layer.router_bias), "expert")
     bias = 0.0 if layer.selection_bias is None else array(value(layer.selection_bias), "expert")
-    config = layer.config
     ids, weights = route(logits, config.experts_per_token, config.router, bias)
-    return combine(rows, ids, weights, expert_function(layer.experts.tree())).reshape(x.shape)
+    y = combine(rows, ids, weights, expert_function(layer.experts.tree()))
+    if config.remaining_weight == "input":
+        y += (1 - weights.sum(-1, keepdims=True)) * rows
+    return y.reshape(x.shape)
 
 
 def random_array(rng: np.random.Generator, dtype, *shape: int):
@@ -114,6 +159,18 @@ def gpt_oss(rng, experts, hidden, intermediate, activation, dtype=jnp.float32, b
         bias(rng, dtype, experts, 2 * intermediate),
         weight(rng, dtype, experts, hidden, intermediate),
         bias(rng, dtype, experts, hidden),
+        activation,
+    )
+
+
+def t5(rng, experts, hidden, intermediate, activation, dtype=jnp.float32, biases=True):
+    return T5FeedForward(
+        tag(1 + random_array(rng, dtype, experts, hidden), "expert", "d"),
+        weight(rng, dtype, experts, intermediate, hidden),
+        weight(rng, dtype, experts, intermediate, hidden),
+        weight(rng, dtype, experts, hidden, intermediate),
+        tag(random_array(rng, dtype, experts, hidden), "expert", "d") if biases else None,
+        Norm("layer" if biases else "rms"),
         activation,
     )
 
@@ -173,6 +230,7 @@ EXPERTS = {
     "mlp": (mlp, (*PLAIN, *GATED)),
     "gated": (gated, GATED),
     "gpt_oss": (gpt_oss, GATED),
+    "t5": (t5, GATED),
 }
 
 
@@ -191,9 +249,17 @@ def layers(draw, dtypes=(jnp.float32,)) -> tuple[MoE, np.ndarray]:
         options["router_bias"] = tag(random_array(rng, jnp.float32, 6), "expert")
     if draw(st.booleans()):
         options["selection_bias"] = tag(random_array(rng, jnp.float32, 6), "expert")
+    if draw(st.booleans()):
+        options["remaining_weight"] = "input"
+    if draw(st.integers(0, 3)) == 0:
+        options["router_norm_weight"] = tag(random_array(rng, jnp.float32, 4), "d")
+        options["router_norm"] = Norm(draw(st.sampled_from(["rms", "layer"])))
     layer = moe(rng, experts, 6, 4, draw(st.integers(1, 2)), router=router, **options)
     if router.score == "linear":
         # gatings must not be negative
+        layer.config = dataclasses.replace(layer.config, router_norm=Norm())
+        if layer.router_norm_weight is not None:
+            layer.router_norm_weight[...] = abs(layer.router_norm_weight[...])
         layer.router_weight[...] = abs(layer.router_weight[...])
         if layer.router_bias is not None:
             layer.router_bias[...] = abs(layer.router_bias[...])
@@ -203,10 +269,10 @@ def layers(draw, dtypes=(jnp.float32,)) -> tuple[MoE, np.ndarray]:
 
 def assert_same_layer(one: MoE, other: MoE) -> None:
     """Two layers that compute the same, with the same bits."""
-    for field in ("experts_per_token", "router"):
+    for field in ("experts_per_token", "router", "remaining_weight", "router_norm"):
         assert getattr(one.config, field) == getattr(other.config, field)
     assert_same(one.experts.tree(), other.experts.tree())
-    for field in ("router_weight", "router_bias", "selection_bias"):
+    for field in ("router_weight", "router_bias", "selection_bias", "router_norm_weight"):
         pair = getattr(one, field), getattr(other, field)
         assert (pair[0] is None) == (pair[1] is None), field
         if pair[0] is not None:

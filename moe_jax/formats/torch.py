@@ -12,24 +12,21 @@ caller and from the layout.
 """
 
 import dataclasses
-import importlib
-import os
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 
 from moe_jax.activations import GPT_OSS_ACTIVATION, Activation
-from moe_jax.checkpoint import Checkpoint
 from moe_jax.experts.layers import MLP, GatedMLP, GptOssMLP
 from moe_jax.formats.errors import FormatError
 from moe_jax.formats.modules import check_sayable, experts_of
+from moe_jax.formats.tensors import load_tensors as load_tensors
+from moe_jax.formats.tensors import to_numpy as to_numpy
+from moe_jax.formats.tensors import to_torch as to_torch
 from moe_jax.layer import MoE
 from moe_jax.routing import Router
-from moe_jax.safetensors_file import open_file, read_exactly, read_header
 from moe_jax.tagged import Tagged
 from moe_jax.variables import value
 
@@ -189,56 +186,6 @@ def export_state(layer: MoE, layout: Layout, *, prefix: str = "") -> dict[str, n
         pieces: Iterable[np.ndarray] = array if part.per_expert else [array]
         state.update({prefix + n: np.array(a) for n, a in zip(names, pieces, strict=True)})
     return state
-
-
-def load_tensors(path: str | os.PathLike[str], prefix: str = "") -> dict[str, np.ndarray]:
-    """The tensors whose names begin with `prefix`, from a safetensors file or folder.
-
-    Raises:
-        CheckpointError: a file is missing or damaged.
-    """
-    path = Path(path)
-    if path.is_dir():
-        folder = Checkpoint.open(path)
-        return {name: folder.read(name) for name in folder.tensors if name.startswith(prefix)}
-    tensors = {}
-    entries = read_header(path)
-    with open_file(path) as file:
-        for name, entry in entries.items():
-            if name.startswith(prefix):
-                tensors[name] = np.empty(entry.shape, entry.dtype)
-                target = tensors[name].reshape(-1).view(np.uint8)
-                read_exactly(file, entry.offset, memoryview(target))
-    return tensors
-
-
-def to_torch(state: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """A state dict as PyTorch tensors, for `load_state_dict`.
-
-    Raises:
-        ImportError: PyTorch is not installed.
-    """
-    try:
-        torch: Any = importlib.import_module("torch")
-    except ImportError as error:
-        raise ImportError("to_torch makes PyTorch tensors: pip install torch") from error
-
-    def one(array: np.ndarray) -> Any:
-        if array.dtype == ml_dtypes.bfloat16:
-            return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16)
-        return torch.from_numpy(array)
-
-    return {name: one(array) for name, array in state.items()}
-
-
-def to_numpy(tensor: Any) -> np.ndarray:
-    """A PyTorch tensor, or anything that NumPy takes, as an array with the same bits."""
-    if not hasattr(tensor, "detach"):
-        return np.asarray(tensor)
-    tensor = tensor.detach().cpu()
-    if str(tensor.dtype) == "torch.bfloat16":  # NumPy has none; float32 holds all its numbers
-        return tensor.float().numpy().astype(ml_dtypes.bfloat16)
-    return tensor.numpy()
 
 
 def _names(part: Tensor, num_experts: int) -> list[str]:

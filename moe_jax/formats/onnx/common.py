@@ -18,6 +18,9 @@ from moe_jax.variables import value
 type AddLayer = Callable[[Writer, MoE, str, str], str]
 """Adds the nodes of a layer to a graph: (writer, layer, x, name) -> the name of the result."""
 
+FLOATS = ("float32", "float16", "bfloat16")
+"""The dtypes of weights that these files hold."""
+
 WEIGHT_AXES = ("expert", "in", "out")
 """How the weights of experts lie in these files: as MatMul multiplies them from the right."""
 

@@ -31,6 +31,7 @@ from moe_jax.formats.errors import FormatError
 from moe_jax.formats.modules import check_sayable, experts_of
 from moe_jax.formats.onnx import graph
 from moe_jax.formats.onnx.common import (
+    FLOATS,
     WEIGHT_AXES,
     array_of,
     layers_model,
@@ -52,7 +53,6 @@ ROUTERS = (Router(), Router(renormalize=True), Router(order="before_top_k", reno
 """The routers that the node computes; they give the same weights up to rounding."""
 
 _DTYPES = ("float32", "float16")
-_FLOATS = (*_DTYPES, "bfloat16")
 _SIZES = ("top_k", "num_experts", "in_features", "hidden_features")
 _ATTRIBUTES: dict[str, Any] = {
     **dict.fromkeys(_SIZES),
@@ -245,10 +245,10 @@ def _arrays(layer: MoE, expert_dtype: str | None) -> dict[str, np.ndarray]:
         )
     if expert_dtype not in (None, *_DTYPES):
         raise FormatError(f"expert_dtype must be None or one of {_DTYPES}, got {expert_dtype!r}")
-    router = array_of("router_weight", value(layer.router_weight), ("expert", "d"), {}, _FLOATS)
+    router = array_of("router_weight", value(layer.router_weight), ("expert", "d"), {}, FLOATS)
     sizes = {"expert": router.shape[0]}
     features = router.shape[1]
-    taken = _DTYPES if expert_dtype is None else _FLOATS
+    taken = _DTYPES if expert_dtype is None else FLOATS
     up = array_of("up", experts.up, WEIGHT_AXES, {**sizes, "in": features}, taken)
     if expert_dtype is None:
         taken = (str(up.dtype),)

@@ -4,7 +4,8 @@ import numpy as np
 import onnx
 
 from moe_jax.formats.errors import FormatError
-from moe_jax.formats.onnx.common import array_of
+from moe_jax.formats.onnx.common import FLOATS, array_of
+from moe_jax.formats.onnx.norm_nodes import add_norm
 from moe_jax.formats.onnx.writer import Writer
 from moe_jax.layer import MoE
 from moe_jax.routing import Router
@@ -12,7 +13,6 @@ from moe_jax.tagged import Tagged
 from moe_jax.variables import value
 
 _FLOAT32 = np.dtype(np.float32)
-_FLOATS = ("float32", "float16", "bfloat16")
 
 
 def add_routing(writer: Writer, layer: MoE, rows: str, name: str) -> str:
@@ -51,12 +51,15 @@ def add_routing(writer: Writer, layer: MoE, rows: str, name: str) -> str:
 
 def _logits(writer: Writer, layer: MoE, rows: str, name: str) -> str:
     """float32 [T, E]."""
-    array = array_of("router_weight", value(layer.router_weight), ("expert", "d"), {}, _FLOATS)
+    array = array_of("router_weight", value(layer.router_weight), ("expert", "d"), {}, FLOATS)
     weight = writer.constant(f"{name}.router_weight", array)
-    inputs = [
-        writer.cast(rows, writer.dtype, _FLOAT32),
-        writer.cast(weight, array.dtype, _FLOAT32),
-    ]
+    rows = writer.cast(rows, writer.dtype, _FLOAT32)
+    if layer.router_norm_weight is not None:
+        norm = array_of("router_norm_weight", value(layer.router_norm_weight), ("d",), {}, FLOATS)
+        constant = writer.constant(f"{name}.router_norm_weight", norm)
+        constant = writer.cast(constant, norm.dtype, _FLOAT32)
+        rows = add_norm(writer, layer.config.router_norm, rows, constant)
+    inputs = [rows, writer.cast(weight, array.dtype, _FLOAT32)]
     if layer.router_bias is not None:
         inputs.append(_bias(writer, "router_bias", value(layer.router_bias), name))
     return writer.op("Gemm", *inputs, transB=1)
@@ -64,7 +67,7 @@ def _logits(writer: Writer, layer: MoE, rows: str, name: str) -> str:
 
 def _bias(writer: Writer, field: str, tagged: Tagged, name: str) -> str:
     """A constant {expert} as float32."""
-    array = array_of(field, tagged, ("expert",), {}, _FLOATS)
+    array = array_of(field, tagged, ("expert",), {}, FLOATS)
     if not np.isfinite(array.astype(np.float32)).all():
         raise FormatError(
             f"{field} is not finite: experts that are barred cannot be said, leave them out"
