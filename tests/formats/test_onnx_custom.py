@@ -52,7 +52,7 @@ def test_x1_the_node_matches_onnxruntime(dtype, router, rng, record_property):
     assert y.dtype == x.dtype
     error = relative(y, layer_oracle.evaluate(layer, x))
     assert error < DTYPES[dtype]
-    np.testing.assert_allclose(y, layer(x), atol=DTYPES[dtype])
+    np.testing.assert_allclose(y, layer_oracle.ours(layer, x), atol=DTYPES[dtype])
     record_property("row", "X1")
     record_property("error", error)
     record_property("with", f"{RUNTIME}, {dtype}, by a local function")
@@ -162,7 +162,7 @@ def test_trap_5_of_equal_logits_the_lowest_expert_is_chosen(rng, record_property
     x = tokens(rng)
     y = run(runnable(layer), x)
     assert relative(y, layer_oracle.evaluate(layer, x)) < 1e-6
-    np.testing.assert_allclose(y, layer(x), atol=1e-6)
+    np.testing.assert_allclose(y, layer_oracle.ours(layer, x), atol=1e-6)
     record_property("trap", "5")
 
 
@@ -170,7 +170,7 @@ def test_trap_5_of_equal_logits_the_lowest_expert_is_chosen(rng, record_property
 def test_no_tokens_are_no_tokens(shape, rng, record_property):
     layer = layer_oracle.gelu_layer(rng)
     x = np.zeros(shape, np.float32)
-    assert run(runnable(layer), x).shape == layer(x).shape == shape
+    assert run(runnable(layer), x).shape == layer_oracle.ours(layer, x).shape == shape
     record_property("bad_input", "no tokens")
 
 
@@ -179,7 +179,7 @@ def test_a_token_that_is_not_a_number_stays_alone(rng, record_property):
     x = tokens(rng)
     expected = run(runnable(layer), x)
     x[1, 2] = np.nan
-    for y in (run(runnable(layer), x), np.asarray(layer(x))):
+    for y in (run(runnable(layer), x), np.asarray(layer_oracle.ours(layer, x))):
         assert np.isnan(y[1, 2]).all()
         np.testing.assert_allclose(y[0], expected[0], atol=1e-6)
     record_property("bad_input", "NaN in x")
