@@ -32,11 +32,11 @@ def initialiser(name: str, array: Any) -> TensorProto:
     Raises:
         TypeError: ONNX has no such type.
     """
-    array = np.asarray(array)
+    array = np.asarray(array, order="C")  # which, unlike ascontiguousarray, keeps scalars
     if array.dtype.kind in "OSU":
         raise TypeError(f"{name!r} must be numbers, got {array.dtype}")
     try:
-        return onnx.numpy_helper.from_array(np.ascontiguousarray(array), name)
+        return onnx.numpy_helper.from_array(array, name)
     except (KeyError, ValueError, TypeError) as error:
         raise TypeError(f"ONNX has no constants of {array.dtype}, asked for {name!r}") from error
 
