@@ -11,7 +11,7 @@ from moe_jax.formats.errors import FormatError
 from moe_jax.formats.modules import as_layers
 from moe_jax.formats.onnx.writer import Writer
 from moe_jax.layer import MoE
-from moe_jax.quantization.tiled import is_packed
+from moe_jax.quantization.packed import is_packed
 from moe_jax.tagged import Tagged
 from moe_jax.variables import value
 
