@@ -2,6 +2,8 @@
 
 from moe_jax.activations import GPT_OSS_ACTIVATION as GPT_OSS_ACTIVATION
 from moe_jax.activations import Activation as Activation
+from moe_jax.balanced import balanced_assignment as balanced_assignment
+from moe_jax.balanced import route_balanced as route_balanced
 from moe_jax.dispatch import DispatchReport as DispatchReport
 from moe_jax.dispatch import choose_algorithm as choose_algorithm
 from moe_jax.experts import MLP as MLP
@@ -9,6 +11,7 @@ from moe_jax.experts import Expert as Expert
 from moe_jax.experts import GatedMLP as GatedMLP
 from moe_jax.experts import GptOssMLP as GptOssMLP
 from moe_jax.experts import Identity as Identity
+from moe_jax.experts import T5FeedForward as T5FeedForward
 from moe_jax.experts.prepare import prepare_experts as prepare_experts
 from moe_jax.experts.prepare import restore_experts as restore_experts
 from moe_jax.layer import MoE as MoE
@@ -18,6 +21,7 @@ from moe_jax.losses import load_balance_loss as load_balance_loss
 from moe_jax.losses import router_z_loss as router_z_loss
 from moe_jax.mixture_of_experts import fused_experts as fused_experts
 from moe_jax.mixture_of_experts import mixture_of_experts as mixture_of_experts
+from moe_jax.norms import Norm as Norm
 from moe_jax.quantization import BlockScaled as BlockScaled
 from moe_jax.quantization import TiledMXFP4 as TiledMXFP4
 from moe_jax.quantization import dequantize_mxfp4 as dequantize_mxfp4

@@ -18,7 +18,16 @@ import jax.numpy as jnp
 from moe_jax.tagged import Tagged
 
 type Kind = Literal[
-    "identity", "relu", "silu", "gelu", "gelu_tanh", "swiglu", "geglu", "geglu_tanh", "reglu"
+    "identity",
+    "relu",
+    "silu",
+    "gelu",
+    "gelu_tanh",
+    "swiglu",
+    "geglu",
+    "geglu_tanh",
+    "reglu",
+    "bilinear",
 ]
 type Layout = Literal[
     "interleaved", "interleaved_up_first", "concatenated", "concatenated_up_first"
@@ -35,6 +44,7 @@ _GATED = {
     "geglu": _PLAIN["gelu"],
     "geglu_tanh": _PLAIN["gelu_tanh"],
     "reglu": _PLAIN["relu"],
+    "bilinear": _PLAIN["identity"],
 }
 _KINDS = (*_PLAIN, "swiglu", *_GATED)
 _LAYOUTS = ("interleaved", "interleaved_up_first", "concatenated", "concatenated_up_first")
@@ -46,7 +56,8 @@ class Activation:
 
     Attributes:
         kind: `identity`, `relu`, `silu`, `gelu` (erf), `gelu_tanh` act on one lane; `swiglu`,
-            `geglu` (erf), `geglu_tanh`, `reglu` multiply an activated gate with a linear lane.
+            `geglu` (erf), `geglu_tanh`, `reglu` multiply an activated gate with a linear lane,
+            and `bilinear` one that is not activated.
         alpha: slope inside the sigmoid; `swiglu` only.
         beta: added to the linear lane; gated kinds only.
         limit: clamp of the gate from above and of the linear lane on both sides; None for none;
@@ -86,7 +97,7 @@ class Activation:
         """Activates {..., axis}. A gated kind halves the axis, which holds both lanes."""
         if not self.gated:
             return x.map(_PLAIN[self.kind])
-        return self.combine(*self._lanes(x, axis))
+        return self.combine(*self.lanes(x, axis))
 
     def combine(self, gate: Tagged, up: Tagged) -> Tagged:
         """Activates a gate and multiplies it with the linear lane; both of the same axes."""
@@ -103,7 +114,8 @@ class Activation:
             return gate * jax.nn.sigmoid(self.alpha * gate)
         return _GATED[self.kind](gate)
 
-    def _lanes(self, x: Tagged, axis: str) -> tuple[Tagged, Tagged]:
+    def lanes(self, x: Tagged, axis: str = "out") -> tuple[Tagged, Tagged]:
+        """The gate and the linear lane of {..., axis}, each half as wide."""
         size = x.size(axis)
         if size % 2:
             raise ValueError(f"{self.kind!r} needs an even size of axis {axis!r}, got {size}")
@@ -113,6 +125,17 @@ class Activation:
             lanes = x.split(axis, **{"lane": 2, axis: size // 2})
         first, second = lanes.take(0, "lane"), lanes.take(1, "lane")
         return (second, first) if self.layout.endswith("up_first") else (first, second)
+
+    def join_lanes(self, gate: Tagged, up: Tagged, axis: str = "out") -> Tagged:
+        """What `lanes` takes apart: gate and linear lane {..., axis} in one."""
+        up = up.order(*gate.axes)
+        pair = (up, gate) if self.layout.endswith("up_first") else (gate, up)
+        position = gate.position(axis)
+        interleaved = self.layout.startswith("interleaved")
+        array = jnp.stack([lane.array for lane in pair], position + interleaved)
+        lanes = (axis, "lane") if interleaved else ("lane", axis)
+        axes = (*gate.axes[:position], *lanes, *gate.axes[position + 1 :])
+        return Tagged(array, axes).merge(lanes, axis)
 
 
 GPT_OSS_ACTIVATION = Activation("swiglu", alpha=1.702, beta=1.0, limit=7.0, layout="interleaved")

@@ -34,7 +34,14 @@ import jax.numpy as jnp
 from moe_jax.dtypes import accumulator
 from moe_jax.experts.base import apply_experts
 from moe_jax.experts.rows import ChosenExperts, EveryExpert, SortedRows
-from moe_jax.routing import Router, Routing, expert_scores, routing_weights, selection_scores
+from moe_jax.routing import (
+    Router,
+    Routing,
+    expert_scores,
+    has_nan,
+    routing_weights,
+    selection_scores,
+)
 from moe_jax.tagged import Tagged
 
 type Algorithm = Literal["per_token", "dense", "grouped", "fixed_budget"]
@@ -101,7 +108,7 @@ def token_budget(
 
 def per_token(experts: Any, x: Tagged, routing: Routing, num_experts: int) -> Tagged:
     """x {s, d}, routing {s, top_expert} -> {s, d}."""
-    ids, weights, valid = _valid_pairs(routing, num_experts)
+    ids, weights, valid = valid_pairs(routing, num_experts)
     rows = Tagged(
         jnp.broadcast_to(x.untag("s", "d")[:, None, :], (*ids.shape, x.size("d"))),
         ("s", "top_expert", "d"),
@@ -112,7 +119,7 @@ def per_token(experts: Any, x: Tagged, routing: Routing, num_experts: int) -> Ta
 
 def dense(experts: Any, x: Tagged, routing: Routing, num_experts: int) -> Tagged:
     """x {s, d}, routing {s, top_expert} -> {s, d}."""
-    ids, weights, valid = _valid_pairs(routing, num_experts)
+    ids, weights, valid = valid_pairs(routing, num_experts)
     chosen = jax.nn.one_hot(ids.array, num_experts, dtype=jnp.bool_) & valid.array[:, :, None]
     gates = jnp.where(chosen, weights.array[:, :, None], 0.0).sum(1)
     y = apply_experts(experts, x, EveryExpert())
@@ -125,7 +132,7 @@ def dense(experts: Any, x: Tagged, routing: Routing, num_experts: int) -> Tagged
 
 def grouped(experts: Any, x: Tagged, routing: Routing, num_experts: int) -> Tagged:
     """x {s, d}, routing {s, top_expert} -> {s, d}."""
-    ids, weights, valid = _valid_pairs(routing, num_experts)
+    ids, weights, valid = valid_pairs(routing, num_experts)
     pair_ids = jnp.where(valid.array, ids.array, num_experts).reshape(-1)
     order = jnp.argsort(pair_ids, stable=True)
     sorted_ids = pair_ids[order]
@@ -277,17 +284,29 @@ def kept_pairs(logits: Tagged, plan: BudgetPlan, router: Router) -> Routing:
     return Routing(ids, weights)
 
 
-def with_unknown(y: Tagged, logits: Tagged) -> Tagged:
+def with_unknown(y: Tagged, *logits: Tagged) -> Tagged:
     """Rows {s, d}, NaN where a logit is: it must show even where its expert had no room."""
-    unknown = jnp.isnan(logits.untag("s", "expert")).any(1, keepdims=True)
+    unknown = has_nan(*logits).untag("s")[:, None]
     return y.map(lambda array: jnp.where(unknown, jnp.nan, array))
+
+
+def with_remaining(y: Tagged, x: Tagged, routing: Routing, num_experts: int) -> Tagged:
+    """y {s, d} and as much of x {s, d} as the weights of each token leave of 1.
+
+    The sum is taken in float32 at least, and has the dtype of y.
+    """
+    wide = accumulator(y.dtype)
+    used = valid_pairs(routing, num_experts)[1].sum("top_expert").untag("s").astype(wide)
+    rest = (1 - used)[:, None] * x.untag("s", "d").astype(wide)
+    total = y.untag("s", "d").astype(wide) + rest
+    return Tagged(total.astype(y.dtype), ("s", "d"))
 
 
 def exact_report(
     routing: Routing, num_experts: int, token_mask: Tagged | None = None
 ) -> DispatchReport:
     """The report of an algorithm that computes every chosen pair."""
-    valid = _valid_pairs(routing, num_experts)[2].array
+    valid = valid_pairs(routing, num_experts)[2].array
     empty = ~valid.any(1)
     if token_mask is not None:
         empty &= token_mask.untag("s")
@@ -295,7 +314,7 @@ def exact_report(
     return DispatchReport(valid.sum(dtype=jnp.int32), zero, zero, empty.sum(dtype=jnp.int32))
 
 
-def _valid_pairs(routing: Routing, num_experts: int) -> tuple[Tagged, Tagged, Tagged]:
+def valid_pairs(routing: Routing, num_experts: int) -> tuple[Tagged, Tagged, Tagged]:
     """Ids within range, weights, and whether the pair names an expert, all {s, top_expert}.
 
     The weight of a pair that names none is 0, whatever it was.

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from moe_jax import dispatch
 from moe_jax.call import Call
-from moe_jax.dispatch import BudgetPlan, DispatchReport, Overflow, check_dispatch
+from moe_jax.dispatch import BudgetPlan, Overflow, check_dispatch
 from moe_jax.experts.base import check_experts
 from moe_jax.kernels.expert_mlp.api import Logits, expert_mlp, is_supported
 from moe_jax.routing import (
@@ -32,6 +32,7 @@ from moe_jax.sharding.mesh import Sharding
 from moe_jax.tagged import Tagged, is_tagged, tag
 
 type AlgorithmChoice = Literal["auto", "per_token", "dense", "grouped", "fixed_budget"]
+type RemainingWeight = Literal["unused", "input"]
 type Normalization = Literal["softmax", "linear"] | Router
 
 _NORMALIZATIONS = {"softmax": Router(), "linear": LINEAR_ROUTER}
@@ -48,6 +49,8 @@ def mixture_of_experts(
     algorithm: AlgorithmChoice = "auto",
     token_mask: Any = None,
     selection_bias: Any = None,
+    mixing: Any = None,
+    remaining_weight: RemainingWeight = "unused",
     overflow: Overflow = "reroute",
     with_report: bool = False,
     sharding: Sharding | None = None,
@@ -73,6 +76,12 @@ def mixture_of_experts(
             and x is bfloat16; there `auto` has no forward-mode derivatives, whatever it chooses.
         token_mask: bool {...}; tokens that are False take no expert's room and get zeros.
         selection_bias: {expert}, added to what selects experts but not to what weighs them.
+        mixing: {..., expert} floats: what weighs experts, where that is another tensor than
+            `gating`, which then only selects; see `moe_jax.route`.
+        remaining_weight: what becomes of 1 minus the sum of a token's weights. `unused`, or
+            `input`: so much of the token's x is added, as BASE layers do with one expert and its
+            sigmoid. A token without an expert then keeps its x. Experts and x are not rounded
+            together, but one after the other.
         overflow: what `fixed_budget` does with tokens that found their expert full: `reroute` to
             lower-ranked experts with room, or `drop`.
         with_report: whether to return a `DispatchReport` as well.
@@ -94,6 +103,8 @@ def mixture_of_experts(
     check_dispatch(algorithm, tokens_per_expert_ratio, overflow)
     layer = Call.of(experts, x, gating, "expert", token_mask)
     logits, num_experts = layer.per_token, layer.per_token.size("expert")
+    mixing = _mixing(layer, mixing, token_mask)
+    check_remaining_weight(remaining_weight)
     check_experts_per_token(experts_per_token, num_experts)
     check_groups(router, experts_per_token, num_experts)
     check_experts(layer.experts, num_experts)
@@ -118,9 +129,13 @@ def mixture_of_experts(
             selection_bias=bias,
             token_mask=layer.mask,
         )
-        y, report = _planned(layer, plan, router, None if sharding is None else compute)
+        y, routing = _planned(layer, plan, mixing, router, None if sharding is None else compute)
+        report = plan.report
     else:
-        y, report = _exact(layer, experts_per_token, router, bias, compute)
+        y, routing = _exact(layer, experts_per_token, router, bias, mixing, compute)
+        report = dispatch.exact_report(routing, num_experts, layer.mask)
+    if remaining_weight == "input":
+        y = dispatch.with_remaining(y, layer.x, routing, num_experts)
     y = layer.restore(y)
     return (y, report) if with_report else y
 
@@ -133,6 +148,7 @@ def fused_experts(
     *,
     algorithm: AlgorithmChoice = "auto",
     token_mask: Any = None,
+    remaining_weight: RemainingWeight = "unused",
     sharding: Sharding | None = None,
 ) -> Any:
     """Applies experts where routing is done already; scores are used as they are.
@@ -147,6 +163,7 @@ def fused_experts(
         experts: a pytree with an `expert` axis and a call.
         algorithm: `auto`, `per_token`, `dense` or `grouped`.
         token_mask: bool {...}; tokens that are False get zeros.
+        remaining_weight: see `mixture_of_experts`; a pair that adds nothing has no weight.
         sharding: the devices over which the experts are spread, see `mixture_of_experts`.
 
     Returns:
@@ -162,6 +179,7 @@ def fused_experts(
             "fused_experts computes every pair: algorithm 'fixed_budget' is not for it"
         )
     check_dispatch(algorithm, None, "reroute")
+    check_remaining_weight(remaining_weight)
     layer = Call.of(experts, hidden_states, selected_experts, "top_expert", token_mask)
     other = Call.of(experts, hidden_states, scores, "top_expert", token_mask)
     ids, weights = layer.per_token, other.per_token
@@ -179,7 +197,16 @@ def fused_experts(
         ids = ids.map(lambda i: jnp.where(keep, i, num_experts))
     name = _algorithm(algorithm, layer.num_tokens, num_experts, ids.size("top_expert"), None)
     routing = Routing(ids.astype(jnp.int32), weights.astype(jnp.float32))
-    return layer.restore(_compute(algorithm, name, layer, num_experts, sharding, routing))
+    y = _compute(algorithm, name, layer, num_experts, sharding, routing)
+    if remaining_weight == "input":
+        y = dispatch.with_remaining(y, layer.x, routing, num_experts)
+    return layer.restore(y)
+
+
+def check_remaining_weight(choice: Any) -> None:
+    """Raises ValueError unless `choice` is one of the two."""
+    if choice not in ("unused", "input"):
+        raise ValueError(f"remaining_weight must be 'unused' or 'input', got {choice!r}")
 
 
 def _router(normalization: Normalization) -> Router:
@@ -211,15 +238,33 @@ def _selection_bias(bias: Any, num_experts: int) -> Tagged | None:
     return named
 
 
+def _mixing(layer: Call, mixing: Any, token_mask: Any) -> Tagged | None:
+    """`mixing` as rows {s, expert}."""
+    if mixing is None:
+        return None
+    rows = Call.of(layer.experts, layer.like, mixing, "expert", token_mask).per_token
+    if not jnp.issubdtype(rows.dtype, jnp.floating):
+        raise TypeError(f"mixing must be floats, got {rows.dtype}")
+    if rows.sizes != layer.per_token.sizes:
+        raise ValueError(f"mixing must have the sizes of gating {layer.per_token}, got {rows}")
+    return rows
+
+
 def _planned(
-    layer: Call, plan: BudgetPlan, router: Router, compute: Callable[[Routing], Tagged] | None
-) -> tuple[Tagged, DispatchReport]:
+    layer: Call,
+    plan: BudgetPlan,
+    mixing: Tagged | None,
+    router: Router,
+    compute: Callable[[Routing], Tagged] | None,
+) -> tuple[Tagged, Routing]:
     """What a plan makes of the rows: slot by slot or, given `compute`, pair by pair."""
-    logits = layer.per_token
+    weighed = layer.per_token if mixing is None else mixing
+    routing = dispatch.kept_pairs(weighed, plan, router)
     if compute is None:
-        return dispatch.fixed_budget(layer.experts, layer.x, logits, plan, router), plan.report
-    y = compute(dispatch.kept_pairs(logits, plan, router))
-    return dispatch.with_unknown(y, logits), plan.report
+        y = dispatch.fixed_budget(layer.experts, layer.x, weighed, plan, router)
+    else:
+        y = compute(routing)
+    return dispatch.with_unknown(y, layer.per_token, weighed), routing
 
 
 def _exact(
@@ -227,14 +272,17 @@ def _exact(
     experts_per_token: int,
     router: Router,
     bias: Tagged | None,
+    mixing: Tagged | None,
     compute: Callable[[Routing, Logits | None], Tagged],
-) -> tuple[Tagged, DispatchReport]:
+) -> tuple[Tagged, Routing]:
     """Routes, and computes every pair."""
     logits, mask = layer.per_token, layer.mask
-    routing = route(logits, experts_per_token, router, selection_bias=bias, token_mask=mask)
-    is_default = router == Router() and bias is None
+    routing = route(
+        logits, experts_per_token, router, selection_bias=bias, mixing=mixing, token_mask=mask
+    )
+    is_default = router == Router() and bias is None and mixing is None
     y = compute(routing, Logits(logits, mask, experts_per_token) if is_default else None)
-    return y, dispatch.exact_report(routing, logits.size("expert"), mask)
+    return y, routing
 
 
 def _compute(

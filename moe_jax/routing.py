@@ -12,6 +12,7 @@ References:
 """
 
 import dataclasses
+import functools
 from typing import Any, Literal
 
 import jax
@@ -95,19 +96,23 @@ def route(
     router: Router = Router(),  # noqa: B008 - frozen
     *,
     selection_bias: Tagged | None = None,
+    mixing: Tagged | None = None,
     token_mask: Tagged | None = None,
 ) -> Routing:
     """Chooses experts and weighs them.
 
     Of equal logits the expert with the lowest index wins. An expert is barred by a logit of -inf or
     by its group: where too few others are left, its id is `num_experts` and its weight 0. A NaN
-    among the logits makes the token's weights NaN.
+    among the logits, or in `mixing`, makes the token's weights NaN.
 
     Args:
         logits: {..., expert}, any float type.
         experts_per_token: how many experts a token is sent to.
         router: how logits become weights.
         selection_bias: {expert}; added to what selects, not to what weighs.
+        mixing: {..., expert}; what becomes weights, where that is another tensor than the logits,
+            which then only select. The router's score applies to both: for weights that are used
+            as they are, or divided by their sum, it is `linear`.
         token_mask: bool {...}; tokens that are False get no expert: id `num_experts`, weight 0.
 
     Returns:
@@ -119,19 +124,16 @@ def route(
     num_experts = logits.size("expert")
     check_experts_per_token(experts_per_token, num_experts)
     check_groups(router, experts_per_token, num_experts)
-    logits = logits.astype(jnp.float32)
-    if token_mask is not None:
-        # before the scores, so that a NaN in a masked token does not reach the gradients
-        seen = token_mask.expand_to(logits)
-        logits = logits.map(lambda array: jnp.where(seen, array, 0.0))
+    logits = _seen(logits, token_mask)
+    weighed = logits if mixing is None else _seen(_like(mixing, logits), token_mask)
     values, ids = selection_scores(logits, router, selection_bias).top_k(
         experts_per_token, "expert", "top_expert"
     )
     # a NaN with its sign set ranks last, so that top_k may not choose it
     rest = tuple(n for n in ids.axes if n != "top_expert")
-    unknown = jnp.isnan(logits.untag(*rest, "expert")).any(-1, keepdims=True)
+    unknown = has_nan(logits, weighed).untag(*rest)[..., None]
     valid = values.map(lambda v: (v > -jnp.inf) | unknown)
-    weights = routing_weights(logits, ids, valid, router)
+    weights = routing_weights(weighed, ids, valid, router)
     weights = weights.map(lambda w: jnp.where(unknown, jnp.nan, w))
     ids = ids.map(lambda i: jnp.where(valid.array, i, num_experts))
     if token_mask is not None:
@@ -187,6 +189,13 @@ def routing_weights(logits: Tagged, ids: Tagged, valid: Tagged | None, router: R
     return Tagged(weights * router.scale, (*rest, "top_expert"))
 
 
+def has_nan(*values: Tagged) -> Tagged:
+    """Whether any expert's number is NaN in one of `values` {..., expert}; bool {...}."""
+    rest = tuple(n for n in values[0].axes if n != "expert")
+    found = [jnp.isnan(value.untag(*rest, "expert")).any(-1) for value in values]
+    return Tagged(functools.reduce(jnp.logical_or, found), rest)
+
+
 def check_experts_per_token(experts_per_token: Any, num_experts: int) -> None:
     """Raises TypeError or ValueError unless it is an int between 1 and `num_experts`."""
     if not isinstance(experts_per_token, int) or isinstance(experts_per_token, bool):
@@ -216,6 +225,27 @@ def check_groups(router: Router, experts_per_token: int, num_experts: int) -> No
             f"experts_per_token={experts_per_token} is more than the {allowed} experts in "
             f"groups_per_token={router.groups_per_token} of num_groups={router.num_groups} groups"
         )
+
+
+def _seen(values: Tagged, token_mask: Tagged | None) -> Tagged:
+    """Values {..., expert} in float32, 0 for masked tokens.
+
+    Before the scores, so that a NaN in a masked token does not reach the gradients.
+    """
+    values = values.astype(jnp.float32)
+    if token_mask is None:
+        return values
+    seen = token_mask.expand_to(values)
+    return values.map(lambda array: jnp.where(seen, array, 0.0))
+
+
+def _like(mixing: Tagged, logits: Tagged) -> Tagged:
+    """`mixing`, after a check that it has the axes and sizes of the logits."""
+    if mixing.sizes != logits.sizes:
+        raise ValueError(
+            f"mixing must have the axes and sizes of the logits {logits}, got {mixing}"
+        )
+    return mixing
 
 
 def _score(values: jax.Array, valid: jax.Array | None, router: Router) -> jax.Array:

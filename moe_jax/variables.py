@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from moe_jax.quantization.tiled import is_packed
+from moe_jax.quantization.packed import is_packed
 from moe_jax.tagged import Tagged
 
 

@@ -20,6 +20,7 @@ moe = jax.jit(
         "algorithm",
         "overflow",
         "with_report",
+        "remaining_weight",
     ),
 )
 """`mixture_of_experts` as one program: to compile it costs less than to compile each operation."""

@@ -16,7 +16,7 @@ PLAIN = {
     "gelu": gelu,
     "gelu_tanh": gelu_tanh,
 }
-GATES = {"geglu": gelu, "geglu_tanh": gelu_tanh, "reglu": PLAIN["relu"]}
+GATES = {"geglu": gelu, "geglu_tanh": gelu_tanh, "reglu": PLAIN["relu"], "bilinear": lambda x: x}
 LAYOUTS = {
     "interleaved": lambda x: (x[:, 0::2], x[:, 1::2]),
     "interleaved_up_first": lambda x: (x[:, 1::2], x[:, 0::2]),

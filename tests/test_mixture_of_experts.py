@@ -308,7 +308,7 @@ def test_numpy_arrays_and_lists_are_taken(ours, x, logits, algorithm):
 def test_integer_weights_are_refused(x, logits, algorithm):
     weights = [tag(jnp.ones((EXPERTS, n, m), jnp.int8), "expert", "out", "in")
                for n, m in ((4, HIDDEN), (HIDDEN, 4))]  # fmt: skip
-    with pytest.raises(TypeError, match="floats or BlockScaled, got int8"):
+    with pytest.raises(TypeError, match="floats or packed, got int8"):
         mixture_of_experts(
             moe_jax.MLP(*weights), x, logits, experts_per_token=K, algorithm=algorithm
         )

@@ -22,7 +22,8 @@ from moe_jax.activations import GPT_OSS_ACTIVATION
 from moe_jax.checkpoint import INDEX_FILE, SINGLE_FILE
 from moe_jax.experts.prepare import restore_experts
 from moe_jax.quantization.mxfp4 import BLOCK_SIZE, BlockScaled
-from moe_jax.quantization.tiled import Packed
+from moe_jax.quantization.packed import Packed
+from moe_jax.quantization.tiled import TiledMXFP4
 from moe_jax.tagged import Tagged
 
 MAX_SHARD_BYTES = 4_800_000_000
@@ -56,6 +57,7 @@ def write_checkpoint(
     Raises:
         FileExistsError: the folder holds weights.
         ValueError: a parameter does not have the axes and sizes of its specification.
+        TypeError: a parameter is packed in another format than MXFP4.
     """
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
@@ -104,12 +106,17 @@ def _group(
 
 
 def _checked_nbytes(spec: ParameterSpec, parameter: Tagged | Packed, dtype: Any) -> int:
-    """Bytes that a parameter takes in a file. Raises ValueError where it is not as specified."""
+    """Bytes that a parameter takes in a file. Raises where it is not as specified."""
     if parameter.axes != spec.axes or parameter.shape != spec.shape:
         raise ValueError(
             f"{spec.name}: expected axes {spec.axes} of sizes {spec.shape}, got {parameter}"
         )
     if not isinstance(parameter, Tagged):
+        if not isinstance(parameter, BlockScaled | TiledMXFP4):
+            raise TypeError(
+                f"{spec.name}: gpt-oss checkpoints hold floats or MXFP4, got "
+                f"{type(parameter).__name__}: decode it with dequantize"
+            )
         return math.prod(spec.shape) // BLOCK_SIZE * (BLOCK_SIZE // 2 + 1)
     return math.prod(spec.shape) * jnp.dtype(dtype or parameter.dtype).itemsize
 

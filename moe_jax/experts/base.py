@@ -23,8 +23,7 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
-from moe_jax.quantization.mxfp4 import BlockScaled
-from moe_jax.quantization.tiled import Packed, TiledMXFP4
+from moe_jax.quantization.packed import Packed
 from moe_jax.tagged import Tagged, is_tagged
 
 
@@ -96,10 +95,10 @@ def apply_experts(experts: Any, x: Tagged, rows: Rows) -> Tagged:
 
 def decoded(weight: Tagged | Packed, dtype: Any) -> Tagged:
     """The weight as floats of `dtype`. Raises TypeError where it holds integers."""
-    if isinstance(weight, BlockScaled | TiledMXFP4):
+    if isinstance(weight, Packed):
         return weight.dequantize(dtype)
     if not jnp.issubdtype(weight.dtype, jnp.floating):
-        raise TypeError(f"weights must be floats or BlockScaled, got {weight.dtype} {weight}")
+        raise TypeError(f"weights must be floats or packed, got {weight.dtype} {weight}")
     return weight.astype(dtype)
 
 

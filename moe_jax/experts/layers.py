@@ -1,7 +1,7 @@
 """The expert layers that come with the library.
 
-All weights are {expert, out, in}, floats or packed (`BlockScaled`, `TiledMXFP4`), and all biases
-{expert, out}.
+All weights are {expert, out, in}, floats or packed (`moe_jax.quantization.Packed`), and all
+biases {expert, out}.
 """
 
 import dataclasses
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from moe_jax.activations import GPT_OSS_ACTIVATION, Activation
 from moe_jax.experts.base import Expert, Rows
-from moe_jax.quantization.tiled import Packed
+from moe_jax.quantization.packed import Packed
 from moe_jax.tagged import Tagged
 
 type Weight = Tagged | Packed
@@ -90,11 +90,18 @@ class GatedMLP(Expert):
     activation: Activation = _static(Activation("swiglu"))
 
     def apply(self, x: Tagged, rows: Rows) -> Tagged:
+        return self.output(self.hidden(x, rows), rows)
+
+    def hidden(self, x: Tagged, rows: Rows) -> Tagged:
+        """Rows {..., d} -> {..., in=intermediate}: what goes into `down`."""
         _check_biases(gate_bias=self.gate_bias, up_bias=self.up_bias, down_bias=self.down_bias)
         x = x.rename(d="in")
         gate = rows.linear(x, self.gate, self.gate_bias)
         up = rows.linear(x, self.up, self.up_bias)
-        hidden = self.activation.combine(gate, up).rename(out="in")
+        return self.activation.combine(gate, up).rename(out="in")
+
+    def output(self, hidden: Tagged, rows: Rows) -> Tagged:
+        """Rows {..., in=intermediate} -> {..., d}."""
         return rows.linear(hidden, self.down, self.down_bias).rename(out="d")
 
     @classmethod

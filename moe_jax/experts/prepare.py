@@ -7,7 +7,8 @@ import jax
 from flax import nnx
 
 from moe_jax.quantization.mxfp4 import BlockScaled
-from moe_jax.quantization.tiled import TiledMXFP4, is_packed, tile_mxfp4
+from moe_jax.quantization.packed import is_packed
+from moe_jax.quantization.tiled import TiledMXFP4, tile_mxfp4
 from moe_jax.variables import Variables
 
 

@@ -18,8 +18,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import Mesh
 
+from moe_jax.quantization.packed import Packed, check_dtypes, check_encodable, float_type
 from moe_jax.rules import Rules
 from moe_jax.tagged import Tagged, tag
 
@@ -28,12 +28,11 @@ BLOCK_SIZE = 32
 
 _BYTES_PER_BLOCK = BLOCK_SIZE // 2
 _NAN_SCALE = 255
-_FLOAT_TYPES = (jnp.float32, jnp.bfloat16, jnp.float16)
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
-class BlockScaled:
+class BlockScaled(Packed):
     """MXFP4 codes and scales, seen as an array of floats.
 
     The two leaves are all that the pytree holds, and `axis` is the logical axis cut into blocks:
@@ -63,52 +62,6 @@ class BlockScaled:
         sizes = self.check().scales.sizes
         return {n: sizes[n] for n in self.axes[:-1]} | {self.axis: sizes["block"] * BLOCK_SIZE}
 
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The logical shape."""
-        return tuple(self.sizes.values())
-
-    @property
-    def nbytes(self) -> int:
-        """Bytes held by blocks and scales."""
-        return int(np.prod(self.blocks.shape)) + int(np.prod(self.scales.shape))
-
-    def size(self, axis: str) -> int:
-        """The size of one logical axis. Raises ValueError where there is no such axis."""
-        if axis not in self.axes:
-            raise ValueError(f"no axis {axis!r} among {self.axes}")
-        return self.sizes[axis]
-
-    def take(self, indices: Tagged | jax.Array | int, axis: str) -> "BlockScaled":
-        """Picks entries along a leading axis, as `Tagged.take` does, of blocks and scales."""
-        self.check()
-        if axis not in self.axes[:-1]:
-            raise ValueError(f"take works along {self.axes[:-1]}, got {axis!r}")
-        return dataclasses.replace(
-            self, blocks=self.blocks.take(indices, axis), scales=self.scales.take(indices, axis)
-        )
-
-    def rename(self, **names: str) -> "BlockScaled":
-        """Gives logical axes new names: `w.rename(out="rows")`."""
-        for old in names:
-            self.size(old)
-        lead = {old: new for old, new in names.items() if old != self.axis}
-        return BlockScaled(
-            self.blocks.rename(**lead),
-            self.scales.rename(**lead),
-            axis=names.get(self.axis, self.axis),
-        )
-
-    def partition(self, mesh: Mesh, rules: Rules) -> Self:
-        """Places both leaves as `rules` say for the logical axes; blocks are never cut."""
-        self.check()
-        rules = leaf_rules(rules, self.axis)
-        return dataclasses.replace(
-            self,
-            blocks=self.blocks.partition(mesh, rules),
-            scales=self.scales.partition(mesh, rules),
-        )
-
     def dequantize(self, dtype: Any = jnp.bfloat16) -> Tagged:
         """The decoded floats {..., in}; see `dequantize_mxfp4`."""
         return dequantize_mxfp4(self, dtype)
@@ -116,9 +69,7 @@ class BlockScaled:
     def check(self) -> Self:
         """Returns `self` if blocks and scales are uint8 and belong together; raises otherwise."""
         blocks, scales = self.blocks, self.scales
-        for name, leaf in (("blocks", blocks), ("scales", scales)):
-            if leaf.dtype != np.uint8:
-                raise TypeError(f"MXFP4 {name} must be uint8, got {leaf.dtype}")
+        check_dtypes("MXFP4", blocks=(blocks, np.uint8), scales=(scales, np.uint8))
         if scales.axes[-1:] != ("block",) or blocks.axes != (*scales.axes, "byte"):
             raise ValueError(
                 f"MXFP4 needs blocks {{..., block, byte}} and scales {{..., block}} with equal "
@@ -132,8 +83,9 @@ class BlockScaled:
             )
         return self
 
-    def __str__(self) -> str:
-        return f"BlockScaled(blocks={self.blocks}, scales={self.scales}, axis={self.axis!r})"
+    def rules_for_leaves(self, rules: Rules) -> Mapping[str, str | tuple[str, ...] | None]:
+        """Sharding rules for blocks and scales; the bytes of a block are never cut."""
+        return leaf_rules(rules, self.axis)
 
 
 def leaf_rules(rules: Rules, axis: str = "in") -> Mapping[str, str | tuple[str, ...] | None]:
@@ -152,7 +104,7 @@ def dequantize_mxfp4(packed: BlockScaled, dtype: Any = jnp.bfloat16) -> Tagged:
         TypeError: `dtype` is not float32, bfloat16 or float16, or the bytes are not uint8.
         ValueError: blocks and scales do not belong together.
     """
-    dtype = _float_type(dtype)
+    dtype = float_type(dtype)
     packed.check()
     blocks = jnp.asarray(packed.blocks.array)
     codes = jnp.stack([blocks & 15, blocks >> 4], -1).reshape(*blocks.shape[:-1], BLOCK_SIZE)
@@ -200,11 +152,7 @@ def quantize_mxfp4(w: Tagged, axis: str = "in") -> BlockScaled:
         TypeError: `w` is not a `Tagged` of one of these dtypes.
         ValueError: no such axis, or its size is not divisible by 32.
     """
-    if not isinstance(w, Tagged):
-        raise TypeError(f"expected a Tagged array, got {type(w).__name__}: name its axes with tag")
-    _float_type(w.dtype)
-    if w.size(axis) % BLOCK_SIZE:
-        raise ValueError(f"axis {axis!r} of {w} must have a size divisible by {BLOCK_SIZE}")
+    check_encodable(w, axis, BLOCK_SIZE)
     lead = tuple(n for n in w.axes if n != axis)
     bits = _float32_bits(w.untag(*lead, axis))
     bits = bits.reshape(*bits.shape[:-1], bits.shape[-1] // BLOCK_SIZE, BLOCK_SIZE)
@@ -268,11 +216,3 @@ def fake_quantize_mxfp4(w: Tagged, axis: str = "in") -> Tagged:
 @fake_quantize_mxfp4.defjvp
 def _fake_quantize_jvp(axis: str, primals: Any, tangents: Any) -> tuple[Tagged, Tagged]:
     return fake_quantize_mxfp4(primals[0], axis), tangents[0]
-
-
-def _float_type(dtype: Any) -> Any:
-    """`dtype` as a NumPy dtype. Raises TypeError unless it is one that MXFP4 converts with."""
-    dtype = jnp.dtype(dtype)
-    if dtype not in _FLOAT_TYPES:
-        raise TypeError(f"MXFP4 converts to and from float32, bfloat16 and float16, not {dtype}")
-    return dtype

@@ -20,15 +20,15 @@ for the scale 255, NaN. It is 0 unless an expert has scales above 128.
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any, Self, TypeGuard
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.sharding import Mesh
 
 from moe_jax.quantization.mxfp4 import BLOCK_SIZE, BlockScaled
+from moe_jax.quantization.packed import Packed, check_dtypes
 from moe_jax.rules import Rules
 from moe_jax.tagged import Tagged, tag
 
@@ -51,7 +51,7 @@ _BITS = (((8, 12), (7, 6)), ((8, 9), (7, 3)), ((8, 6), (7, 0)), ((12, 11), (3, 1
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
-class TiledMXFP4:
+class TiledMXFP4(Packed):
     """MXFP4 weights for NVIDIA GPUs, seen as an array of floats {..., out, in}, as `BlockScaled`.
 
     Made by `tile_mxfp4`, and `untile` is its inverse: the same numbers, so that every layer takes
@@ -87,44 +87,13 @@ class TiledMXFP4:
         return {**self.check().factor.sizes, self.axis: self.in_size}
 
     @property
-    def shape(self) -> tuple[int, ...]:
-        """The logical shape."""
-        return tuple(self.sizes.values())
+    def whole(self) -> tuple[str, ...]:
+        """The axes before outputs and inputs: to pick among those, `untile` first."""
+        return self.offset.axes
 
-    @property
-    def nbytes(self) -> int:
-        """Bytes held: those of the packed weight in whole tiles, 4 an output and 4 an expert."""
-        return sum(4 * int(np.prod(leaf.shape)) for leaf in self._leaves().values())
-
-    def size(self, axis: str) -> int:
-        """The size of one logical axis. Raises ValueError where there is no such axis."""
-        if axis not in self.axes:
-            raise ValueError(f"no axis {axis!r} among {self.axes}")
-        return self.sizes[axis]
-
-    def take(self, indices: Tagged | jax.Array | int, axis: str) -> Self:
-        """Picks entries along an axis before outputs and inputs, as `Tagged.take` does."""
-        self.check()
-        if axis not in self.offset.axes:
-            raise ValueError(f"take works along {self.offset.axes}, got {axis!r}: untile first")
-        return self._map(lambda leaf: leaf.take(indices, axis))
-
-    def rename(self, **names: str) -> Self:
-        """Gives logical axes new names: `w.rename(out="rows")`."""
-        for old in names:
-            self.size(old)
-        return dataclasses.replace(
-            self._map(
-                lambda leaf: leaf.rename(**{o: n for o, n in names.items() if o in leaf.axes})
-            ),
-            axis=names.get(self.axis, self.axis),
-        )
-
-    def partition(self, mesh: Mesh, rules: Rules) -> Self:
-        """Places all leaves as `rules` say for the logical axes; tiles are never cut."""
-        self.check()
-        rules = tile_rules(rules, self.axes[-2], self.axis)
-        return self._map(lambda leaf: leaf.partition(mesh, rules))
+    def rules_for_leaves(self, rules: Rules) -> Mapping[str, str | tuple[str, ...] | None]:
+        """Sharding rules for the leaves; tiles are never cut."""
+        return tile_rules(rules, self.axes[-2], self.axis)
 
     def untile(self) -> BlockScaled:
         """The `BlockScaled` that was tiled, bit for bit."""
@@ -140,12 +109,8 @@ class TiledMXFP4:
 
     def check(self) -> Self:
         """Returns `self` if the leaves have their dtypes and belong together; raises otherwise."""
-        leaves = self._leaves()
-        for name, leaf in leaves.items():
-            if leaf.dtype != _DTYPES[name]:
-                raise TypeError(
-                    f"tiled MXFP4 {name} must be {_DTYPES[name].__name__}, got {leaf.dtype}"
-                )
+        leaves = {name: (getattr(self, name), dtype) for name, dtype in _DTYPES.items()}
+        check_dtypes("tiled MXFP4", **leaves)
         lead = self.offset.axes
         if (
             self.words.axes != (*lead, *_WORDS)
@@ -175,26 +140,6 @@ class TiledMXFP4:
                 f"4 words each and 8 words of scales, got {self}"
             )
         return self
-
-    def __str__(self) -> str:
-        leaves = ", ".join(f"{name}={leaf}" for name, leaf in self._leaves().items())
-        return f"TiledMXFP4({leaves}, in_size={self.in_size}, axis={self.axis!r})"
-
-    def _leaves(self) -> dict[str, Tagged]:
-        return {name: getattr(self, name) for name in _DTYPES}
-
-    def _map(self, function: Any) -> Self:
-        leaves = {name: function(leaf) for name, leaf in self._leaves().items()}
-        return dataclasses.replace(self, **leaves)
-
-
-type Packed = BlockScaled | TiledMXFP4
-"""A weight that is packed, whatever the layout."""
-
-
-def is_packed(value: Any) -> TypeGuard[Packed]:
-    """Whether `value` is a packed weight; for `is_leaf` in tree functions."""
-    return isinstance(value, BlockScaled | TiledMXFP4)
 
 
 def tile_rules(

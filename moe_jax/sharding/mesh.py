@@ -18,8 +18,7 @@ from typing import Any
 import jax
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from moe_jax.quantization.mxfp4 import BlockScaled, leaf_rules
-from moe_jax.quantization.tiled import is_packed, tile_rules
+from moe_jax.quantization.packed import is_packed
 from moe_jax.rules import (
     FrozenRules,
     Rules,
@@ -173,11 +172,7 @@ class Sharding:
     def _of(self, path: Any, node: Any) -> Any:
         if is_packed(node):
             node.check()
-            if isinstance(node, BlockScaled):
-                rules = leaf_rules(self.rules, node.axis)
-            else:
-                rules = tile_rules(self.rules, node.axes[-2], node.axis)
-            parts = dataclasses.replace(self, rules=rules)
+            parts = dataclasses.replace(self, rules=node.rules_for_leaves(self.rules))
             return jax.tree.map_with_path(
                 lambda end, leaf: parts._of((*path, *end), leaf), node, is_leaf=is_tagged
             )

@@ -11,6 +11,7 @@ from core_oracle import (
     combine,
     f32,
     gelu,
+    gelu_tanh,
     moe,
     random_mxfp4,
     ratio_for,
@@ -19,7 +20,7 @@ from core_oracle import (
 )
 
 import moe_jax
-from moe_jax import Activation, transforms
+from moe_jax import Activation, Norm, transforms
 from moe_jax.experts.base import check_experts
 
 EXPERTS, HIDDEN, WIDE = 4, 5, 3
@@ -98,7 +99,42 @@ def identity(rng):
     return moe_jax.Identity(), lambda e, row: row
 
 
-LAYERS = {f.__name__: f for f in (gpt_oss, packed, mlp, fused_mlp, gated, identity)}
+def t5(rng):
+    scale, gate, up = draw(rng, EXPERTS, HIDDEN), *draw(rng, 2, EXPERTS, WIDE, HIDDEN)
+    down = draw(rng, EXPERTS, HIDDEN, WIDE)
+    layer = moe_jax.T5FeedForward(f32(scale.T, "d", "expert"), *map(weight, (gate, up, down)))
+
+    def one(e, row):
+        normed = scale[e] * row / np.sqrt((row**2).mean() + 1e-6)
+        return row + down[e] @ (gelu_tanh(gate[e] @ normed) * (up[e] @ normed))
+
+    return layer, one
+
+
+def t5_layer_norm(rng):
+    layer, _ = t5(rng)
+    bias = draw(rng, EXPERTS, HIDDEN)
+    layer = dataclasses.replace(
+        layer, norm_bias=f32(bias, "expert", "d"), norm=Norm("layer", 0.1),
+        activation=Activation("geglu"),
+    )  # fmt: skip
+    scale, *weights = (
+        np.asarray(w.untag(*axes), np.float64)
+        for w, axes in [(layer.norm_weight, ("expert", "d"))]
+        + [(w, ("expert", "out", "in")) for w in (layer.wi_0, layer.wi_1, layer.wo)]
+    )
+
+    def one(e, row):
+        gate, up, down = (w[e] for w in weights)
+        normed = scale[e] * (row - row.mean()) / np.sqrt(row.var() + 0.1) + bias[e]
+        return row + down @ (gelu(gate @ normed) * (up @ normed))
+
+    return layer, one
+
+
+LAYERS = {
+    f.__name__: f for f in (gpt_oss, packed, mlp, fused_mlp, gated, identity, t5, t5_layer_norm)
+}
 HIDDENS = {"packed": 64}
 
 

@@ -15,7 +15,7 @@ from gpt_oss.loader import read_parameters
 from gpt_oss.writer import write_checkpoint
 from moe_jax import tag
 from moe_jax.checkpoint import Checkpoint
-from moe_jax.quantization import BlockScaled
+from moe_jax.quantization import BlockScaled, quantize_integers
 
 NAME = "released_numbers"
 
@@ -146,3 +146,11 @@ def test_wrong_shape_writes_nothing(tmp_path, config, parameters):
     with pytest.raises(ValueError, match=r"lm_head\.weight.*voc=64"):
         write_checkpoint(tmp_path, config, swapped)
     assert not list(tmp_path.iterdir())
+
+
+def test_other_packed_weights_are_refused(tmp_path, config, parameters):
+    name = "model.layers.0.mlp.experts.down_proj"
+    other = quantize_integers(parameters[name].dequantize(jnp.float32))
+    with pytest.raises(TypeError, match=r"down_proj: gpt-oss .* got PackedIntegers"):
+        write_checkpoint(tmp_path, config, {**parameters, name: other}.__getitem__)
+    assert not list(tmp_path.glob("*.safetensors"))

@@ -13,7 +13,7 @@ from jax.sharding import AxisType
 import moe_jax
 from moe_jax import BlockScaled, GptOssMLP, MoE, Tagged, TiledMXFP4, tag, tile_mxfp4
 from moe_jax.kernels.grouped_matmul import grouped_matmul
-from moe_jax.quantization.tiled import is_packed
+from moe_jax.quantization import is_packed
 from moe_jax.variables import Fixed
 
 ALGORITHMS = ("per_token", "dense", "grouped", "fixed_budget")

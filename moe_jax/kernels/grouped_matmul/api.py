@@ -3,7 +3,7 @@
 Contract, for every backend:
 
     rows          {row, in}            floats, sorted by expert
-    weight        {expert, out, in}    a float array, or MXFP4: BlockScaled or TiledMXFP4
+    weight        {expert, out, in}    a float array, or packed: BlockScaled, TiledMXFP4, ...
     group_sizes   {expert}             int32; the first group_sizes[0] rows belong to expert 0, ...
     result        {row, out}           dtype of rows; sums are kept in float32
                                        rows past the sum of group_sizes are zero
@@ -21,7 +21,8 @@ import jax.numpy as jnp
 
 from moe_jax.kernels.grouped_matmul import floats, reference, tiled
 from moe_jax.kernels.lowering import vary_together
-from moe_jax.quantization.tiled import Packed, TiledMXFP4
+from moe_jax.quantization.packed import Packed
+from moe_jax.quantization.tiled import TiledMXFP4
 from moe_jax.tagged import Tagged
 
 type Implementation = Literal["xla", "triton"]
@@ -116,7 +117,7 @@ def _check(
     if not jnp.issubdtype(rows.dtype, jnp.floating):
         raise TypeError(f"rows must be floats, got {rows.dtype}")
     if isinstance(weight, Tagged) and not jnp.issubdtype(weight.dtype, jnp.floating):
-        raise TypeError(f"weight must be floats or BlockScaled, got {weight.dtype} {weight}")
+        raise TypeError(f"weight must be floats or packed, got {weight.dtype} {weight}")
     if not jnp.issubdtype(group_sizes.dtype, jnp.integer):
         raise TypeError(f"group_sizes must be integers, got {group_sizes.dtype}")
     if implementation == "triton" and rows.dtype.name not in floats.DTYPES:

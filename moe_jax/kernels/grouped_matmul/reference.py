@@ -15,7 +15,7 @@ from jax import lax
 
 from moe_jax.dtypes import accumulator
 from moe_jax.kernels.lowering import no_gradient
-from moe_jax.quantization.tiled import Packed
+from moe_jax.quantization.packed import Packed
 from moe_jax.tagged import Tagged
 
 _SMALLEST_BLOCK, _LARGEST_BLOCK = 8, 128

@@ -1,0 +1,345 @@
+"""`trt.plugins::CustomMoE`: one node for a whole layer, which a TensorRT plugin computes.
+
+    y = CustomMoE(x, router_w, w1, b1, w2, b2)
+
+with x and y [..., D], router_w [E, D] float32, w1 [E, D, H], b1 [E, H], w2 [E, H, D], b2 [E, D]:
+for each token the `top_k` best experts by x @ router_w.T, weighed by a softmax over their logits,
+and each expert gelu(x @ w1 + b1) @ w2 + b2 with the gelu of erf. x, y, weights and biases are all
+float32 or all float16.
+
+The node, its attributes and the limits are those of a published Swin classifier whose feed-forward
+blocks are such layers, of its exporter and of its plugin. A softmax over all experts whose chosen
+weights are divided by their sum, as that model trains, gives the same weights.
+
+Runtimes other than TensorRT do not know the operator. `custom_moe_function()` defines it in terms
+of standard operators, and onnxruntime runs models that carry this definition:
+
+    model = export_custom(layer, functions=[custom_moe_function()])
+"""
+
+import os
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from onnx import FunctionProto, ModelProto, parser
+
+from moe_jax.activations import Activation
+from moe_jax.experts.layers import MLP
+from moe_jax.formats.errors import FormatError
+from moe_jax.formats.modules import check_sayable, experts_of
+from moe_jax.formats.onnx import graph
+from moe_jax.formats.onnx.common import (
+    FLOATS,
+    WEIGHT_AXES,
+    array_of,
+    layers_model,
+    weight_of,
+)
+from moe_jax.formats.onnx.writer import Writer
+from moe_jax.layer import MoE
+from moe_jax.routing import Router
+from moe_jax.tagged import Tagged
+from moe_jax.variables import value
+
+DOMAIN = "trt.plugins"
+OPERATOR = "CustomMoE"
+
+MAX_EXPERTS = 128
+MAX_EXPERTS_PER_TOKEN = 8
+
+ROUTERS = (Router(), Router(renormalize=True), Router(order="before_top_k", renormalize=True))
+"""The routers that the node computes; they give the same weights up to rounding."""
+
+_DTYPES = ("float32", "float16")
+_SIZES = ("top_k", "num_experts", "in_features", "hidden_features")
+_ATTRIBUTES: dict[str, Any] = {
+    **dict.fromkeys(_SIZES),
+    "activation": "gelu",
+    "plugin_version": "1",
+    "plugin_namespace": "",
+}
+
+_FUNCTION = """
+<opset_import: ["" : 17], domain: "trt.plugins">
+CustomMoE <top_k, num_experts, in_features, hidden_features,
+           activation, plugin_version, plugin_namespace>
+          (x, router_w, w1, b1, w2, b2) => (y)
+{
+    zeroth = Constant <value_ints: ints = [0]> ()
+    first = Constant <value_ints: ints = [1]> ()
+    second = Constant <value_ints: ints = [2]> ()
+    remaining = Constant <value_ints: ints = [-1]> ()
+    size = Constant <value_int: int = @in_features> ()
+    sizes = Unsqueeze (size, zeroth)
+    rows_shape = Concat <axis: int = 0> (remaining, sizes)
+    rows = Reshape (x, rows_shape)
+
+    rows_float = Cast <to: int = 1> (rows)
+    logits = Gemm <transB: int = 1> (rows_float, router_w)
+    count = Constant <value_int: int = @top_k> ()
+    counts = Unsqueeze (count, zeroth)
+    chosen_logits, ids = TopK <axis: int = -1> (logits, counts)
+    chosen_weights = Softmax <axis: int = -1> (chosen_logits)
+    logits_shape = Shape (logits)
+    no_weights = ConstantOfShape (logits_shape)
+    weights = ScatterElements <axis: int = -1> (no_weights, ids, chosen_weights)
+    weights_by_expert = Transpose <perm: ints = [1, 0]> (weights)
+    weight_columns = Unsqueeze (weights_by_expert, second)
+
+    b1_rows = Unsqueeze (b1, first)
+    rows_once = Unsqueeze (rows, zeroth)
+    experts = Constant <value_int: int = @num_experts> ()
+    experts_size = Unsqueeze (experts, zeroth)
+    copies = Concat <axis: int = 0> (experts_size, first, first)
+    rows_copied = Tile (rows_once, copies)
+    products = MatMul (rows_copied, w1)
+    hidden = Add (products, b1_rows)
+    half_float = Constant <value_float: float = 0.5> ()
+    half = CastLike (half_float, x)
+    one_float = Constant <value_float: float = 1.0> ()
+    one = CastLike (one_float, x)
+    slope_float = Constant <value_float: float = 0.7071067811865476> ()
+    slope = CastLike (slope_float, x)
+    scaled = Mul (hidden, slope)
+    error = Erf (scaled)
+    gate = Add (error, one)
+    hidden_half = Mul (hidden, half)
+    activated = Mul (hidden_half, gate)
+    b2_rows = Unsqueeze (b2, first)
+    outputs = MatMul (activated, w2)
+    biased = Add (outputs, b2_rows)
+
+    biased_float = Cast <to: int = 1> (biased)
+    none = CastLike (zeroth, weight_columns)
+    unused = Equal (weight_columns, none)
+    weighted = Mul (biased_float, weight_columns)
+    used = Where (unused, none, weighted)
+    sum = ReduceSum <keepdims: int = 0> (used, zeroth)
+    sum_typed = CastLike (sum, x)
+    x_shape = Shape (x)
+    y = Reshape <allowzero: int = 1> (sum_typed, x_shape)
+}
+"""
+
+
+def custom_moe_function() -> FunctionProto:
+    """The operator defined by standard ones: all experts on all tokens, weighed."""
+    return parser.parse_function(_FUNCTION)
+
+
+def export_custom(
+    layers: MoE | Mapping[str, MoE],
+    *,
+    expert_dtype: str | None = None,
+    functions: Sequence[FunctionProto] = (),
+) -> ModelProto:
+    """A model with a node for each layer, from inputs `NAME.x` to outputs `NAME.y`.
+
+    Args:
+        layers: one layer, whose input and output are `x` and `y`, or layers by name, such as
+            `moe_layers(model)` finds.
+        expert_dtype: `float16` or `float32` rounds the experts' weights and biases to it; None
+            keeps what they are. Inputs and outputs are of this dtype too; the router is float32.
+        functions: definitions of operators that the file is to carry.
+
+    Raises:
+        FormatError: a layer is not what the node computes, or beyond the plugin's limits.
+    """
+
+    def add(writer: Writer, layer: MoE, x: str, name: str) -> str:
+        return add_custom(writer, layer, x, name, expert_dtype=expert_dtype)
+
+    def dtype(layer: MoE) -> str:
+        return expert_dtype or str(_arrays(layer, None)["w1"].dtype)
+
+    return layers_model(layers, add, dtype, functions)
+
+
+def add_custom(
+    writer: Writer, layer: MoE, x: str, name: str, *, expert_dtype: str | None = None
+) -> str:
+    """Adds a layer's node to a graph; returns the name of its result.
+
+    Args:
+        writer: the graph; its activations are cast where they are not of the experts' dtype.
+        layer: the layer.
+        x: the name of the tokens [..., D].
+        name: of the node; initialisers are `NAME.router.weight`, `NAME.w1` and so on.
+        expert_dtype: see `export_custom`.
+
+    Raises:
+        FormatError: the layer is not what the node computes, or beyond the plugin's limits.
+    """
+    arrays = _arrays(layer, expert_dtype)
+    num_experts, features, hidden = arrays["w1"].shape
+    if num_experts > MAX_EXPERTS:
+        raise FormatError(f"num_experts={num_experts}: CustomMoE takes {MAX_EXPERTS} at most")
+    dtype = arrays["w1"].dtype
+    names = [writer.constant(f"{name}.{key}", array) for key, array in arrays.items()]
+    writer.opsets[DOMAIN] = 1
+    result = f"{name}/{OPERATOR}"
+    attributes = {
+        **_ATTRIBUTES,
+        "top_k": layer.config.experts_per_token,
+        "num_experts": num_experts,
+        "in_features": features,
+        "hidden_features": hidden,
+    }
+    x = writer.cast(x, writer.dtype, dtype)
+    writer.nodes.append(
+        graph.node(OPERATOR, [x, *names], [result], domain=DOMAIN, name=name, **attributes)
+    )
+    return writer.cast(result, dtype, writer.dtype)
+
+
+def import_custom(source: str | os.PathLike[str] | ModelProto) -> dict[str, MoE]:
+    """The layers of a file's CustomMoE nodes by name.
+
+    A layer's name is that of its initialiser `NAME.w1`, or else its node's.
+
+    Raises:
+        FormatError: there is none, an attribute or array is missing, or they do not agree.
+    """
+    layers: dict[str, MoE] = {}
+    for found in graph.find(graph.load(source), DOMAIN, OPERATOR):
+        name = found.input(2).removesuffix(".w1")
+        if name == found.input(2):
+            name = found.node.name or found.node.output[0]
+        if name in layers:
+            raise FormatError(f"two {OPERATOR} nodes are named {name!r}")
+        layers[name] = _layer(found)
+    if not layers:
+        raise FormatError(f"there is no {DOMAIN}.{OPERATOR} node")
+    return layers
+
+
+def _experts(layer: MoE) -> MLP:
+    """The layer's experts. Raises FormatError where they are not gelu MLPs with biases."""
+    experts = experts_of(layer)
+    if not isinstance(experts, MLP):
+        raise FormatError(
+            f"the experts are {type(experts).__name__}: CustomMoE computes an MLP with gelu"
+        )
+    if experts.activation != Activation("gelu"):
+        raise FormatError(
+            f"activation={experts.activation}: CustomMoE computes Activation('gelu'), that of erf"
+        )
+    for field in ("up_bias", "down_bias"):
+        if getattr(experts, field) is None:
+            raise FormatError(f"{field} is None: CustomMoE takes six arrays, give it zeros")
+    return experts
+
+
+def _arrays(layer: MoE, expert_dtype: str | None) -> dict[str, np.ndarray]:
+    """The node's constants in order, by the last part of their names."""
+    check_sayable(layer, "router")
+    experts, config = _experts(layer), layer.config
+    if config.router not in ROUTERS:
+        raise FormatError(f"router={config.router}: CustomMoE computes {ROUTERS[0]} and its equals")
+    if config.experts_per_token > MAX_EXPERTS_PER_TOKEN:
+        raise FormatError(
+            f"experts_per_token={config.experts_per_token}: CustomMoE takes "
+            f"{MAX_EXPERTS_PER_TOKEN} at most"
+        )
+    if expert_dtype not in (None, *_DTYPES):
+        raise FormatError(f"expert_dtype must be None or one of {_DTYPES}, got {expert_dtype!r}")
+    router = array_of("router_weight", value(layer.router_weight), ("expert", "d"), {}, FLOATS)
+    sizes = {"expert": router.shape[0]}
+    features = router.shape[1]
+    taken = _DTYPES if expert_dtype is None else FLOATS
+    up = array_of("up", experts.up, WEIGHT_AXES, {**sizes, "in": features}, taken)
+    if expert_dtype is None:
+        taken = (str(up.dtype),)
+    hidden = up.shape[2]
+    parts = {
+        "w1": up,
+        "b1": array_of(
+            "up_bias", experts.up_bias, ("expert", "out"), {**sizes, "out": hidden}, taken
+        ),
+        "w2": array_of(
+            "down", experts.down, WEIGHT_AXES, {**sizes, "in": hidden, "out": features}, taken
+        ),
+        "b2": array_of(
+            "down_bias", experts.down_bias, ("expert", "out"), {**sizes, "out": features}, taken
+        ),
+    }
+    rounded = {
+        key: _rounded(key, part, part.dtype if expert_dtype is None else np.dtype(expert_dtype))
+        for key, part in parts.items()
+    }
+    return {"router.weight": router.astype(np.float32), **rounded}
+
+
+def _rounded(name: str, array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    """`array` in `dtype`. Raises FormatError where a number is too large for it."""
+    with np.errstate(over="ignore"):
+        result = array.astype(dtype)
+    if np.isinf(result).any() and not np.isinf(array).any():
+        raise FormatError(f"{name} holds numbers that expert_dtype={dtype.name!r} cannot")
+    return result
+
+
+def _layer(found: graph.Found) -> MoE:
+    """The layer of one node."""
+    where = graph.describe(found.node)
+    top_k, num_experts, features, hidden = _sizes(found)
+    if len(found.node.input) != 6:
+        raise FormatError(f"{where} must have 6 inputs, got {len(found.node.input)}")
+    shapes = {
+        "router_w": (num_experts, features),
+        "w1": (num_experts, features, hidden),
+        "b1": (num_experts, hidden),
+        "w2": (num_experts, hidden, features),
+        "b2": (num_experts, features),
+    }
+    arrays = {
+        name: _read(found, position, name, shape)
+        for position, (name, shape) in enumerate(shapes.items(), 1)
+    }
+    dtypes = {name: str(array.dtype) for name, array in arrays.items()}
+    if dtypes.pop("router_w") != "float32":
+        raise FormatError(f"{where}: router_w must be float32, got {arrays['router_w'].dtype}")
+    if len(set(dtypes.values())) > 1 or dtypes["w1"] not in _DTYPES:
+        raise FormatError(f"{where}: weights must all be one of {_DTYPES}, got {dtypes}")
+    return MoE(
+        MLP(
+            up=weight_of(arrays["w1"]),
+            down=weight_of(arrays["w2"]),
+            up_bias=Tagged(jnp.asarray(arrays["b1"]), ("expert", "out")),
+            down_bias=Tagged(jnp.asarray(arrays["b2"]), ("expert", "out")),
+            activation=Activation("gelu"),
+        ),
+        Tagged(jnp.asarray(arrays["router_w"]), ("expert", "d")),
+        experts_per_token=top_k,
+    )
+
+
+def _sizes(found: graph.Found) -> list[int]:
+    """The values of `_SIZES`, after a check of all attributes."""
+    where = graph.describe(found.node)
+    attributes = found.attributes(_ATTRIBUTES)
+    for name in ("activation", "plugin_version"):
+        if attributes[name] != _ATTRIBUTES[name]:
+            raise FormatError(
+                f"{where}: {name} must be {_ATTRIBUTES[name]!r}, got {attributes[name]!r}"
+            )
+    sizes = [attributes[name] for name in _SIZES]
+    if not all(isinstance(size, int) and size > 0 for size in sizes):
+        raise FormatError(f"{where}: {_SIZES} must be positive integers, got {sizes}")
+    top_k, num_experts = sizes[:2]
+    if top_k > min(num_experts, MAX_EXPERTS_PER_TOKEN) or num_experts > MAX_EXPERTS:
+        raise FormatError(
+            f"{where}: top_k={top_k} of num_experts={num_experts} is not possible, the plugin "
+            f"takes {MAX_EXPERTS_PER_TOKEN} of {MAX_EXPERTS} at most"
+        )
+    return sizes
+
+
+def _read(found: graph.Found, position: int, name: str, shape: tuple[int, ...]) -> np.ndarray:
+    array = found.constant(position, name)
+    if array is None or array.shape != shape:
+        got = None if array is None else array.shape
+        raise FormatError(f"{graph.describe(found.node)}: {name} must have {shape}, got {got}")
+    return array

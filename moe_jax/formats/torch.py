@@ -1,0 +1,309 @@
+"""MoE layers in the state dicts of PyTorch modules, read and written without PyTorch.
+
+A state dict maps names to tensors; here the tensors are NumPy arrays, or anything with PyTorch's
+`detach`, `cpu` and `numpy`. A `Layout` says which tensor holds what. It is data: for a model with
+other settings, replace its fields.
+
+    layout = dataclasses.replace(MIXTRAL, router=Router(order="before_top_k"))
+    layer = import_state(load_tensors("model.safetensors", prefix), layout, experts_per_token=2)
+
+A state dict holds neither the number of experts a token has nor an activation: these come from the
+caller and from the layout.
+"""
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+
+from moe_jax.activations import GPT_OSS_ACTIVATION, Activation
+from moe_jax.experts.layers import MLP, GatedMLP, GptOssMLP
+from moe_jax.formats.errors import FormatError
+from moe_jax.formats.modules import check_sayable, experts_of
+from moe_jax.formats.tensors import load_tensors as load_tensors
+from moe_jax.formats.tensors import to_numpy as to_numpy
+from moe_jax.formats.tensors import to_torch as to_torch
+from moe_jax.layer import MoE
+from moe_jax.routing import Router
+from moe_jax.tagged import Tagged
+from moe_jax.variables import value
+
+_FLOATS = ("float32", "float16", "bfloat16")
+
+
+@dataclasses.dataclass(frozen=True)
+class Tensor:
+    """What one name of a state dict holds.
+
+    Attributes:
+        name: the name; where each expert has a tensor of its own, `{}` stands for its number.
+        fields: `router_weight`, `router_bias`, or the experts' field; several fields lie one
+            after the other along `out`, equally long.
+        axes: the tensor's axes, without `expert` where each expert has a tensor of its own.
+    """
+
+    name: str
+    fields: tuple[str, ...]
+    axes: tuple[str, ...]
+
+    @property
+    def per_expert(self) -> bool:
+        """Whether each expert has a tensor of its own."""
+        return "{}" in self.name
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """The tensors of a kind of module, and what they do not say of the layer.
+
+    Attributes:
+        experts: the class of the experts.
+        activation: of the experts.
+        router: how the module routes.
+        tensors: what each name holds.
+    """
+
+    experts: type
+    activation: Activation
+    router: Router
+    tensors: tuple[Tensor, ...]
+
+
+_NORMALIZED = Router(order="before_top_k", renormalize=True)
+_ROUTER = ("expert", "d")
+_IN_OUT = ("expert", "in", "out")
+_OUT_IN = ("expert", "out", "in")
+_BIAS = ("expert", "out")
+
+DROPLESS = Layout(
+    MLP,
+    Activation("gelu"),
+    _NORMALIZED,
+    (
+        Tensor("router.weight", ("router_weight",), _ROUTER),
+        Tensor("w1", ("up",), _IN_OUT),
+        Tensor("b1", ("up_bias",), _BIAS),
+        Tensor("w2", ("down",), _IN_OUT),
+        Tensor("b2", ("down_bias",), _BIAS),
+    ),
+)
+"""A dropless layer of gelu MLPs around `torch.nn.functional.grouped_mm`, as a Swin model has."""
+
+GPT_OSS = Layout(
+    GptOssMLP,
+    GPT_OSS_ACTIVATION,
+    Router(),
+    (
+        Tensor("router.weight", ("router_weight",), _ROUTER),
+        Tensor("router.bias", ("router_bias",), ("expert",)),
+        Tensor("experts.gate_up_proj", ("gate_up",), _IN_OUT),
+        Tensor("experts.gate_up_proj_bias", ("gate_up_bias",), _BIAS),
+        Tensor("experts.down_proj", ("down",), _IN_OUT),
+        Tensor("experts.down_proj_bias", ("down_bias",), _BIAS),
+    ),
+)
+"""`GptOssMLP` of transformers. (The checkpoints of gpt-oss hold MXFP4 blocks [E, out, in].)"""
+
+_SILU = Activation("swiglu")
+_GATE = Tensor("gate.weight", ("router_weight",), _ROUTER)
+
+MIXTRAL = Layout(
+    GatedMLP,
+    _SILU,
+    _NORMALIZED,
+    (
+        _GATE,
+        Tensor("experts.gate_up_proj", ("gate", "up"), _OUT_IN),
+        Tensor("experts.down_proj", ("down",), _OUT_IN),
+    ),
+)
+"""`MixtralSparseMoeBlock` of transformers 5: one tensor for all experts."""
+
+MIXTRAL_CHECKPOINT = Layout(
+    GatedMLP,
+    _SILU,
+    _NORMALIZED,
+    (
+        _GATE,
+        Tensor("experts.{}.w1.weight", ("gate",), ("out", "in")),
+        Tensor("experts.{}.w3.weight", ("up",), ("out", "in")),
+        Tensor("experts.{}.w2.weight", ("down",), ("out", "in")),
+    ),
+)
+"""Mixtral's checkpoints, and the block of transformers 4: tensors for each expert."""
+
+
+def import_state(
+    state: Mapping[str, Any], layout: Layout, *, experts_per_token: int, prefix: str = ""
+) -> MoE:
+    """The layer that a state dict holds.
+
+    Args:
+        state: tensors by name; names that do not begin with `prefix` are not looked at.
+        layout: which tensor holds what.
+        experts_per_token: how many experts a token is sent to.
+        prefix: of the layer's names, such as `model.layers.0.block_sparse_moe.`.
+
+    Raises:
+        FormatError: names are missing or not known, or shapes or dtypes do not fit.
+        ValueError: `experts_per_token` is not between 1 and the number of experts.
+    """
+    own = {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
+    num_experts = _num_experts(own, layout, prefix)
+    expected = [name for part in layout.tensors for name in _names(part, num_experts)]
+    _check_names(own, expected, prefix)
+    fields: dict[str, Tagged] = {}
+    for part in layout.tensors:
+        fields.update(_read(own, part, num_experts))
+    _check_sizes(layout, fields)
+    router_weight, router_bias = fields.pop("router_weight"), fields.pop("router_bias", None)
+    return MoE(
+        layout.experts(**fields, activation=layout.activation),
+        router_weight,
+        router_bias,
+        experts_per_token=experts_per_token,
+        router=layout.router,
+    )
+
+
+def export_state(layer: MoE, layout: Layout, *, prefix: str = "") -> dict[str, np.ndarray]:
+    """A layer's state dict, of NumPy arrays; bfloat16 is that of ml_dtypes.
+
+    Raises:
+        FormatError: the layer is not of the layout's kind; the message names its field.
+    """
+    experts = _checked_experts(layer, layout)
+    num_experts = value(layer.router_weight).size("expert")
+    state: dict[str, np.ndarray] = {}
+    for part in layout.tensors:
+        axes = ("expert", *part.axes) if part.per_expert else part.axes
+        arrays = [_array(layer, experts, field, axes) for field in part.fields]
+        array = np.concatenate(arrays, axes.index("out")) if len(arrays) > 1 else arrays[0]
+        names = _names(part, num_experts)
+        # each tensor in memory of its own, in order
+        pieces: Iterable[np.ndarray] = array if part.per_expert else [array]
+        state.update({prefix + n: np.array(a) for n, a in zip(names, pieces, strict=True)})
+    return state
+
+
+def _names(part: Tensor, num_experts: int) -> list[str]:
+    """The names of a part's tensors."""
+    if not part.per_expert:
+        return [part.name]
+    return [part.name.format(expert) for expert in range(num_experts)]
+
+
+def _num_experts(state: Mapping[str, Any], layout: Layout, prefix: str) -> int:
+    """How many experts the router has."""
+    name = next(part.name for part in layout.tensors if part.fields == ("router_weight",))
+    if name not in state:
+        raise FormatError(f"there is no tensor {prefix}{name}, the router")
+    shape = tuple(state[name].shape)
+    if len(shape) != 2:
+        raise FormatError(f"{prefix}{name} must be [experts, hidden_size], got {shape}")
+    return shape[0]
+
+
+def _check_names(state: Mapping[str, Any], expected: list[str], prefix: str) -> None:
+    missing = sorted(set(expected) - set(state))
+    unknown = sorted(set(state) - set(expected))
+    if missing or unknown:
+        raise FormatError(
+            f"the tensors {prefix}* are not those of the layout: missing are {missing[:8]}, "
+            f"not known are {unknown[:8]}"
+        )
+
+
+def _read(state: Mapping[str, Any], part: Tensor, num_experts: int) -> dict[str, Tagged]:
+    """The fields of one part, weights as {expert, out, in}."""
+    arrays = [to_numpy(state[name]) for name in _names(part, num_experts)]
+    kinds = {(array.shape, array.dtype) for array in arrays}
+    if len(kinds) > 1:
+        raise FormatError(f"{part.name} must be alike for all experts, got {kinds}")
+    array, axes = arrays[0], part.axes
+    if part.per_expert:
+        array, axes = np.stack(arrays), ("expert", *axes)
+    if str(array.dtype) not in _FLOATS:
+        raise FormatError(f"{part.name} must be floats, got {array.dtype}")
+    if array.ndim != len(axes):
+        raise FormatError(f"{part.name} must have the axes {axes}, got the shape {array.shape}")
+    if "in" in axes:
+        array, axes = array.transpose([axes.index(a) for a in _OUT_IN]), _OUT_IN
+    pieces = [array]
+    if len(part.fields) > 1:
+        place = axes.index("out")
+        if array.shape[place] % len(part.fields):
+            raise FormatError(
+                f"{part.name} holds {len(part.fields)} matrices, {array.shape[place]} is no "
+                f"multiple of it"
+            )
+        pieces = np.split(array, len(part.fields), place)
+    return {
+        field: Tagged(jnp.asarray(piece), axes)
+        for field, piece in zip(part.fields, pieces, strict=True)
+    }
+
+
+def _check_sizes(layout: Layout, fields: Mapping[str, Tagged]) -> None:
+    """Raises FormatError unless matrices and biases fit each other."""
+    router = fields["router_weight"]
+    experts, hidden = router.size("expert"), router.size("d")
+    lanes = 2 if layout.activation.gated and layout.experts is not GatedMLP else 1
+    inner = fields["down"].size("in")
+    for field, tagged in fields.items():
+        if field == "router_weight":
+            continue
+        outputs = hidden if field.startswith("down") else lanes * inner
+        inputs = inner if field == "down" else hidden
+        expected = {"expert": experts, "out": outputs, "in": inputs}
+        expected = {axis: expected[axis] for axis in tagged.axes}
+        if tagged.sizes != expected:
+            raise FormatError(
+                f"{field} must have {expected}, got {tagged}: is the layout the right one?"
+            )
+
+
+def _checked_experts(layer: MoE, layout: Layout) -> Any:
+    """The layer's experts, after a check that the layout can hold the layer."""
+    check_sayable(layer, "router", "router_bias")
+    experts, config = experts_of(layer), layer.config
+    if type(experts) is not layout.experts:
+        raise FormatError(
+            f"the experts are {type(experts).__name__}, the layout holds {layout.experts.__name__}"
+        )
+    names = {field for part in layout.tensors for field in part.fields}
+    for field in ("activation", "router"):
+        found = experts.activation if field == "activation" else config.router
+        expected = getattr(layout, field)
+        if not _same(layout.experts, found, expected):
+            raise FormatError(
+                f"{field} is {found}, the layout's is {expected}: state dicts do not hold it, so "
+                f"use dataclasses.replace(layout, {field}=...) on both sides"
+            )
+    present = {"router_bias": layer.router_bias} if layer.router_bias is not None else {}
+    present |= {field: part for field, part in vars(experts).items() if field != "activation"}
+    extra = [field for field, part in present.items() if part is not None and field not in names]
+    lacking = [field for field in names - {"router_weight"} if present.get(field) is None]
+    if extra or lacking:
+        raise FormatError(
+            f"the layout has no tensors for {sorted(extra)}, and needs {sorted(lacking)}"
+        )
+    return experts
+
+
+def _same(experts: type, found: Any, expected: Any) -> bool:
+    if experts is GatedMLP and isinstance(found, Activation):
+        found = dataclasses.replace(found, layout=expected.layout)  # it is not used there
+    return found == expected
+
+
+def _array(layer: MoE, experts: Any, field: str, axes: tuple[str, ...]) -> np.ndarray:
+    """A field with its axes in order. Raises FormatError where it is packed."""
+    if field.startswith("router"):
+        return np.asarray(value(getattr(layer, field)).untag(*axes))
+    tagged = getattr(experts, field)
+    if not isinstance(tagged, Tagged):
+        raise FormatError(f"{field} is {type(tagged).__name__}: dequantize it")
+    return np.asarray(tagged.untag(*axes))
