@@ -27,7 +27,7 @@ from moe_jax.routing import (
     check_groups,
     route,
 )
-from moe_jax.sharding.expert_parallel import expert_parallel
+from moe_jax.sharding.expert_parallel import OwnRows, expert_parallel
 from moe_jax.sharding.mesh import Sharding
 from moe_jax.tagged import Tagged, is_tagged, tag
 
@@ -298,13 +298,30 @@ def _compute(
     if sharding is None:
         return _on_one_device(choice, name, layer.experts, layer.x, routing, num_experts, unrouted)
     # a plan of fixed_budget is made here already: each device computes what is left of it
-    own = "auto" if choice == "fixed_budget" else choice
+    chosen = "auto" if choice == "fixed_budget" else choice
 
-    def on_each_device(experts: Any, x: Tagged, routing: Routing, count: int) -> Tagged:
-        name = _algorithm(own, x.size("s"), count, routing.ids.size("top_expert"), None)
-        return _on_one_device(own, name, experts, x, routing, count)
+    def on_each_device(experts: Any, own: OwnRows, count: int) -> Tagged:
+        routing = own.routing
+        name = _algorithm(chosen, own.x.size("s"), count, routing.ids.size("top_expert"), None)
+        logits = None
+        if unrouted is not None and own.per_row is not None:
+            of_rows, mask = own.per_row
+            logits = Logits(
+                Tagged(of_rows, ("s", "expert")),
+                Tagged(mask, ("s",)),
+                unrouted.experts_per_token,
+                own.first_expert,
+            )
+        return _on_one_device(chosen, name, experts, own.x, routing, count, logits)
 
-    return expert_parallel(on_each_device, layer.experts, layer.x, routing, num_experts, sharding)
+    per_row = ()
+    if unrouted is not None:
+        logits, mask = unrouted.logits.untag("s", "expert"), unrouted.token_mask
+        # a mask in any case: rows that are filled up go to no expert
+        per_row = logits, jnp.ones(len(logits), bool) if mask is None else mask.untag("s")
+    return expert_parallel(
+        on_each_device, layer.experts, layer.x, routing, num_experts, sharding, per_row
+    )
 
 
 def _on_one_device(

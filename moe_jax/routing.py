@@ -196,6 +196,16 @@ def has_nan(*values: Tagged) -> Tagged:
     return Tagged(functools.reduce(jnp.logical_or, found), rest)
 
 
+def own_pairs(routing: Routing, first_expert: jax.Array, num_experts: int) -> Routing:
+    """The routing as it is for `num_experts` experts from `first_expert` on.
+
+    Ids count from that expert; those of other experts become `num_experts`, which stands for none.
+    """
+    ids = routing.ids.map(lambda i: i - first_expert)
+    own = ids.map(lambda i: jnp.where((i >= 0) & (i < num_experts), i, num_experts))
+    return Routing(own, routing.weights)
+
+
 def check_experts_per_token(experts_per_token: Any, num_experts: int) -> None:
     """Raises TypeError or ValueError unless it is an int between 1 and `num_experts`."""
     if not isinstance(experts_per_token, int) or isinstance(experts_per_token, bool):

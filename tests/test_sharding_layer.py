@@ -127,6 +127,43 @@ def test_packed_experts(rng, layout, communication):
     assert error.mean() < 0.004 * np.abs(expected).max()
 
 
+@pytest.mark.parametrize("communication", COMMUNICATIONS)
+@pytest.mark.parametrize("sizes", [(1, 2, 2), (2, 2, 1)], ids=str)
+def test_devices_route_for_their_own_experts(rng, sizes, communication):
+    """With tiles each device routes rows itself, which do not divide the mesh; some are masked."""
+    layer = Layer.random(rng, 8, 64, 32)
+    x = np.asarray(jnp.asarray(rng.normal(size=(13, 64)), jnp.bfloat16))
+    logits = rng.normal(size=(13, 8)).astype(np.float32)
+    logits[2], logits[3, 1:] = -np.inf, -np.inf
+    mask = rng.random(13) < 0.8
+    here = sharding(sizes, communication=communication)
+
+    def apply(experts, logits):
+        return moe_jax.mixture_of_experts(
+            experts, jnp.asarray(x), logits, experts_per_token=3, token_mask=mask, sharding=here
+        )
+
+    experts = here.place(moe_jax.prepare_experts(layer.ours()))
+    expected = layer.routed(x.astype(np.float64), logits, 3, mask)
+    error = np.abs(np.asarray(jax.jit(apply)(experts, logits), np.float64) - expected)
+    assert error.max() < 0.02 * np.abs(expected).max()
+    assert error.mean() < 0.004 * np.abs(expected).max()
+
+    def total(logits):
+        return apply(experts, logits).astype(jnp.float32).sum()
+
+    found = np.asarray(jax.jit(jax.grad(total))(jnp.asarray(logits)))
+    finite = np.isfinite(logits)
+    assert (found[~finite] == 0).all() and (found[~mask] == 0).all()
+    for t, e in zip(*np.nonzero(finite & mask[:, None]), strict=True):
+        step = np.zeros_like(logits, np.float64)
+        step[t, e] = 1e-6
+        up, down = (
+            layer.routed(x.astype(np.float64), logits + s, 3, mask).sum() for s in (step, -step)
+        )
+        assert found[t, e] == pytest.approx((up - down) / 2e-6, abs=0.02 * np.abs(expected).max())
+
+
 @pytest.mark.parametrize("algorithm", ["auto", "per_token", "dense", "grouped"])
 @pytest.mark.parametrize("sizes", [(1, 4, 1), (2, 2, 2)], ids=str)
 def test_routing_on_a_mesh(rng, algorithm, sizes):

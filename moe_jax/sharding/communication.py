@@ -20,12 +20,12 @@ COMMUNICATIONS: tuple[Communication, ...] = ("psum", "all_to_all")
 _ROOM = 1.25  # rows that a device may send to another, as a multiple of the mean
 _MULTIPLE = 8
 _SUM_WIDTH = 2  # sums travel in float32, bfloat16 rows take half of that
-_START_ROWS = 12_000
+_START_ROWS = 16_000
 """What starting the exchange costs, in rows that could be sent meanwhile.
 
-Two times 140 us, for the way there and the way back, at 260 GB/s and 5,760 bytes a row: on 4 GPUs
-connected by NVLink. Ids and weights leave as one small array together with the rows.
-`benchmarks/sharded.py` measures both forms and says which number fits.
+On two H200 connected by NVLink, a layer of gpt-oss-20b takes less time with `psum` for 8,192 tokens
+and with `all_to_all` for 32,768, so that it costs between 8,192 and 32,768 rows
+(`benchmarks/sharded.py`; results/sharded_h200x2.json). Not measured on four.
 """
 
 

@@ -16,13 +16,31 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from moe_jax.dtypes import accumulator
-from moe_jax.routing import Routing
+from moe_jax.routing import Routing, own_pairs
 from moe_jax.sharding.communication import capacity, choose_communication
 from moe_jax.sharding.mesh import Sharding
 from moe_jax.tagged import Rules, Tagged, is_tagged
 
-type Compute = Callable[[Any, Tagged, Routing, int], Tagged]
-"""What one device does: experts, rows {s, d}, routing {s, top_expert}, count -> {s, d}."""
+
+class OwnRows(NamedTuple):
+    """What a device's experts are applied to.
+
+    Attributes:
+        x: rows {s, d}.
+        routing: {s, top_expert}, with ids among the device's experts.
+        first_expert: int32 [], the first of the device's experts, among those of all devices.
+        per_row: what the caller gave for each row, in the order of x; None where rows are those
+            of other devices, too.
+    """
+
+    x: Tagged
+    routing: Routing
+    first_expert: jax.Array
+    per_row: tuple[jax.Array, ...] | None
+
+
+type Compute = Callable[[Any, OwnRows, int], Tagged]
+"""What one device does: its experts, rows, and how many experts it has -> {s, d}."""
 
 
 def expert_parallel(
@@ -32,6 +50,7 @@ def expert_parallel(
     routing: Routing,
     num_experts: int,
     sharding: Sharding,
+    per_row: tuple[jax.Array, ...] = (),
 ) -> Tagged:
     """Applies experts that are spread over a mesh.
 
@@ -42,6 +61,8 @@ def expert_parallel(
         routing: ids and weights {s, top_expert}; an id outside the experts stands for none.
         num_experts: on all devices together.
         sharding: the mesh and its rules.
+        per_row: arrays [s, ...] that `compute` wants with its rows, where it gets rows as they are
+            here. Rows that fill them up are zeros.
 
     Returns:
         {s, d}.
@@ -63,9 +84,10 @@ def expert_parallel(
         "psum": (_summed, groups),
         "all_to_all": (_exchanged, (*groups, *owners)),
     }[_communication(num_tokens, experts_per_token, sharding)]
-    rows = _filled_up(rows, sharding.count(*axes), 0)
-    ids = _filled_up(ids, sharding.count(*axes), num_experts)
-    weights = _filled_up(weights, sharding.count(*axes), 0)
+    parts = sharding.count(*axes)
+    rows, weights = _filled_up(rows, parts, 0), _filled_up(weights, parts, 0)
+    ids = _filled_up(ids, parts, num_experts)
+    per_row = tuple(_filled_up(array, parts, 0) for array in per_row)
 
     local = functools.partial(
         form,
@@ -75,9 +97,9 @@ def expert_parallel(
     y = jax.shard_map(
         local,
         mesh=sharding.mesh,
-        in_specs=(_expert_specs(experts, {"expert": owners}), by_rows, by_rows, by_rows),
+        in_specs=(_expert_specs(experts, {"expert": owners}), by_rows, by_rows, by_rows, by_rows),
         out_specs=by_rows,
-    )(experts, rows, ids, weights)
+    )(experts, rows, ids, weights, per_row)
     return Tagged(y[:num_tokens], ("s", "d"))
 
 
@@ -121,29 +143,46 @@ class _OnDevice(NamedTuple):
     owners: tuple[str, ...]
 
     def __call__(
-        self, experts: Any, rows: jax.Array, ids: jax.Array, weights: jax.Array
+        self,
+        experts: Any,
+        rows: jax.Array,
+        ids: jax.Array,
+        weights: jax.Array,
+        per_row: tuple[jax.Array, ...] | None,
     ) -> jax.Array:
         """Rows [s, d], ids among all experts, weights [s, k] -> what this device's experts add."""
-        own = ids - lax.axis_index(self.owners) * self.num_experts
-        own = jnp.where((own >= 0) & (own < self.num_experts), own, self.num_experts)
         pairs = ("s", "top_expert")
-        routing = Routing(Tagged(own, pairs), Tagged(weights, pairs))
-        y = self.compute(experts, Tagged(rows, ("s", "d")), routing, self.num_experts)
-        return y.untag("s", "d")
+        first = lax.axis_index(self.owners) * self.num_experts
+        routing = own_pairs(
+            Routing(Tagged(ids, pairs), Tagged(weights, pairs)), first, self.num_experts
+        )
+        own = OwnRows(Tagged(rows, ("s", "d")), routing, first, per_row)
+        return self.compute(experts, own, self.num_experts).untag("s", "d")
 
 
 def _summed(
-    device: _OnDevice, experts: Any, rows: jax.Array, ids: jax.Array, weights: jax.Array
+    device: _OnDevice,
+    experts: Any,
+    rows: jax.Array,
+    ids: jax.Array,
+    weights: jax.Array,
+    per_row: tuple[jax.Array, ...],
 ) -> jax.Array:
     """Every device of `owners` has the same rows [s, d]; what its experts add is summed."""
-    added = device(experts, rows, ids, weights).astype(accumulator(rows.dtype))
+    added = device(experts, rows, ids, weights, per_row).astype(accumulator(rows.dtype))
     return lax.psum(added, device.owners).astype(rows.dtype)
 
 
 def _exchanged(
-    device: _OnDevice, experts: Any, rows: jax.Array, ids: jax.Array, weights: jax.Array
+    device: _OnDevice,
+    experts: Any,
+    rows: jax.Array,
+    ids: jax.Array,
+    weights: jax.Array,
+    per_row: tuple[jax.Array, ...],
 ) -> jax.Array:
     """Every device has rows of its own [s, d], which it sends to where their experts are."""
+    del per_row  # stays where the rows come from
     num_devices = lax.axis_size(device.owners)
     num_tokens, experts_per_token = ids.shape
     room = capacity(num_tokens, num_devices, experts_per_token)
@@ -166,7 +205,7 @@ def _exchanged(
             for array in (rows, pairs)
         )
         own_ids, own_weights = _taken_apart(routing, weights.dtype)
-        y = device(experts, received, own_ids, own_weights)
+        y = device(experts, received, own_ids, own_weights, None)
         back = swap(y.reshape(num_devices, room, -1))
         picked = back.at[queues.owner, slot].get(mode="clip")
         wide = picked.astype(accumulator(rows.dtype))
@@ -254,7 +293,8 @@ def _filled_up(array: jax.Array, multiple: int, fill: int) -> jax.Array:
     missing = -array.shape[0] % multiple
     if not missing:
         return array
-    return jnp.pad(array, ((0, missing), (0, 0)), constant_values=fill)
+    widths = ((0, missing), *((0, 0) for _ in array.shape[1:]))
+    return jnp.pad(array, widths, constant_values=fill)
 
 
 def _expert_specs(experts: Any, rules: Rules) -> Any:

@@ -72,6 +72,32 @@ def test_routes(num_tokens, num_experts, k, dtype, rng):
     check_routed(rng.normal(size=(num_tokens, num_experts)).astype(dtype), k)
 
 
+@pytest.mark.parametrize(
+    ("num_tokens", "num_experts", "k"), [(5, 8, 3), (128, 32, 4), (300, 20, 4)]
+)
+@pytest.mark.parametrize("devices", [2, 4])
+def test_routes_to_the_experts_of_a_device(num_tokens, num_experts, k, devices, rng):
+    logits = rng.normal(size=(num_tokens, num_experts)).astype(np.float32)
+    logits[rng.random(logits.shape) < 0.4] = -np.inf
+    mask = rng.random(num_tokens) < 0.9
+    ids, weights = oracle.route(logits, k, mask)
+    count = num_experts // devices
+    for first in range(0, num_experts, count):
+        pairs, _ = launch.route_and_clear(
+            logits,
+            mask,
+            experts_per_token=k,
+            first_expert=np.array(first, np.int32),
+            num_experts=count,
+        )
+        own = (ids >= first) & (ids < first + count)
+        np.testing.assert_array_equal(pairs.ids, np.where(own, ids - first, count))
+        np.testing.assert_allclose(
+            np.asarray(pairs.pair_weight).reshape(ids.shape), np.where(own, weights, 0), rtol=1e-5
+        )
+        check_sorted(pairs, np.asarray(pairs.ids), count)
+
+
 @pytest.mark.parametrize("num_tokens", [0, 3, 300])
 @pytest.mark.parametrize("num_counters", [1, 40, 2100])
 def test_counters_are_cleared(num_tokens, num_counters, rng):

@@ -81,7 +81,7 @@ def test_routed_layer(plan, rng):
     oracle = layer(rng)
     x = rng.normal(size=(17, oracle.hidden)).astype(np.float32)
     logits, mask = rng.normal(size=(17, 5)).astype(np.float32), rng.random(17) < 0.7
-    y = launch.routed_layer(oracle.tiled(), *map(jnp.asarray, (x, logits, mask)), 2)
+    y = launch.routed_layer(oracle.tiled(), *map(jnp.asarray, (x, logits, mask)), None, 2)
     np.testing.assert_allclose(y, oracle.routed(x, logits, 2, mask), rtol=2e-5, atol=2e-4)
 
 

@@ -336,7 +336,7 @@ def test_kernels_are_called_with_what_they_take(monkeypatch, capability, tokens)
 
     def calls(x, logits, ids, weights, sizes):
         return (
-            launch.routed_layer(experts, x, logits, None, 2),
+            launch.routed_layer(experts, x, logits, None, None, 2),
             launch.layer(experts, x, ids, weights),
             matmul.multiply_rows(x, experts.gate_up, sizes),
         )

@@ -30,21 +30,41 @@ def route_and_clear(
     token_mask: jax.Array | None = None,
     *,
     experts_per_token: int,
+    first_expert: jax.Array | None = None,
+    num_experts: int | None = None,
     num_counters: int = 0,
 ) -> tuple[RoutedPairs, jax.Array]:
-    """The same, and int32 [num_counters] zeros (undefined, and no fewer than one, for 0)."""
+    """The same, for a device that may have some of the experts only, and zeros.
+
+    Args:
+        logits, token_mask, experts_per_token: see `api`.
+        first_expert: int32 [], the first of the device's experts, which ids then count from; a pair
+            of another device's expert has none. None where the device has all.
+        num_experts: how many it has; None for all.
+        num_counters: how many zeros to return; for 0 what is returned is not defined.
+
+    Returns:
+        Pairs, and int32 [num_counters], no fewer than one.
+    """
     from moe_jax.kernels.dispatch import triton_route as kernels
 
-    (num_tokens, num_experts), k = logits.shape, experts_per_token
+    (num_tokens, total), k = logits.shape, experts_per_token
+    num_experts = num_experts or total
     num_pairs = num_tokens * k
     ids, weight = _int32(num_tokens, k), _type((num_pairs,), jnp.float32)
     counters = _int32(max(1, num_counters))
     if not num_tokens:
         *pairs, zeros = _zeros(ids, weight, _int32(0), _int32(num_experts), counters)
         return RoutedPairs(*pairs), zeros
-    blocks = sort_blocks(num_tokens, num_experts, k)
+    blocks = sort_blocks(num_tokens, total, k)
     options = _options(blocks, num_experts, k)
-    arguments = (logits, logits if token_mask is None else token_mask, num_tokens)
+    arguments = (
+        logits,
+        logits if token_mask is None else token_mask,
+        logits if first_expert is None else first_expert.reshape(1),
+        num_tokens,
+    )
+    options["ALL"] = total
     options["BITS"] = count_bits(blocks.tokens)  # a token names an expert at most once
     options["HAS_MASK"] = token_mask is not None
     if blocks.chunks == 1:

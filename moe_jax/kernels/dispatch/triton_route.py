@@ -36,9 +36,11 @@ def _value(key):
 def _choose(
     logits,
     token_mask,
+    first_expert,
     ids,
     pair_weight,
     HAS_MASK: tl.constexpr,
+    ALL: tl.constexpr,
     token,
     num_tokens,
     E: tl.constexpr,
@@ -48,19 +50,22 @@ def _choose(
 ):
     """Writes ids and weights of a tile of tokens.
 
+    Tokens choose among ALL experts. Where those are more than E, only E from `first_expert` on are
+    known here: ids count from that one, and a pair of another has no expert.
+
     Returns the ids, int32 [token, BLOCK_K], the experts they mark, int32 [token, expert], and 0:
     a token chooses no expert again.
     """
     expert = tl.arange(0, BLOCK_E)[None, :]
     nth = tl.arange(0, BLOCK_K)[None, :]
     here = token < num_tokens
-    real = here[:, None] & (expert < E)
-    x = tl.load(logits + token[:, None] * E + expert, mask=real, other=float("-inf"))
+    real = here[:, None] & (expert < ALL)
+    x = tl.load(logits + token[:, None] * ALL + expert, mask=real, other=float("-inf"))
     keep = here
     if HAS_MASK:
         keep = tl.load(token_mask + token, mask=here, other=0) != 0
-    key = tl.where(expert < E, _key(x.to(tl.float32)), _TAKEN)
-    index = tl.full([token.shape[0], BLOCK_K], E, tl.int32)
+    key = tl.where(expert < ALL, _key(x.to(tl.float32)), _TAKEN)
+    index = tl.full([token.shape[0], BLOCK_K], ALL, tl.int32)
     found = tl.full([token.shape[0], BLOCK_K], _MINUS_INF, tl.int32)
     for j in tl.static_range(K):
         best = tl.max(key, 1)[:, None]
@@ -74,20 +79,31 @@ def _choose(
     gate = tl.where(valid, tl.exp(_value(found) - _value(top)), 0.0)
     total = tl.sum(gate, 1)[:, None]
     weight = tl.where(unknown, float("nan"), gate * tl.where(total == 0.0, 0.0, 1.0 / total))
+    if E < ALL:
+        index -= tl.load(first_expert)
+        valid &= (index >= 0) & (index < E)
     weight = tl.where(valid, weight, 0.0)
     index = tl.where(valid, index, E)
     pair = token[:, None] * K + nth
     tl.store(ids + pair, index, mask=here[:, None] & (nth < K))
     tl.store(pair_weight + pair, weight, mask=here[:, None] & (nth < K))
-    barred = (_key(x.to(tl.float32)) <= _MINUS_INF) & (top != _NAN)
-    marks = (key == _TAKEN) & (expert < E) & keep[:, None] & (barred == 0)
-    return index, marks.to(tl.int32), 0
+    if E < ALL:
+        marks = tl.zeros([token.shape[0], BLOCK_E], tl.int32)
+        for j in tl.static_range(K):
+            own = tl.sum(tl.where(nth == j, index, 0), 1)[:, None]
+            marks += ((own == expert) & (expert < E)).to(tl.int32)
+        return index, marks, 0
+    else:
+        barred = (_key(x.to(tl.float32)) <= _MINUS_INF) & (top != _NAN)
+        marks = (key == _TAKEN) & (expert < E) & keep[:, None] & (barred == 0)
+        return index, marks.to(tl.int32), 0
 
 
 @triton.jit
 def route_once(
     logits,
     token_mask,
+    first_expert,
     num_tokens,
     ids,
     pair_weight,
@@ -102,13 +118,15 @@ def route_once(
     BITS: tl.constexpr,
     COUNTERS: tl.constexpr,
     HAS_MASK: tl.constexpr,
+    ALL: tl.constexpr,
 ):
-    """Routes up to BLOCK_T tokens in one program: logits [T, E] -> ids, weights, order, sizes."""
+    """Routes up to BLOCK_T tokens in one program: logits [T, ALL] -> ids, weights, order, sizes."""
     triton_sort.clear(counters, COUNTERS)
     token = tl.arange(0, BLOCK_T)
     index, marks, again = _choose(
-        logits, token_mask, ids, pair_weight, HAS_MASK, token, num_tokens, E, K, BLOCK_E, BLOCK_K
-    )
+        logits, token_mask, first_expert, ids, pair_weight, HAS_MASK, ALL,
+        token, num_tokens, E, K, BLOCK_E, BLOCK_K,
+    )  # fmt: skip
     triton_sort.sort_tile(
         marks, index, again, token, num_tokens, order, group_sizes, E, K, BLOCK_E, BITS
     )
@@ -118,6 +136,7 @@ def route_once(
 def route_chunk(
     logits,
     token_mask,
+    first_expert,
     num_tokens,
     ids,
     pair_weight,
@@ -131,9 +150,10 @@ def route_chunk(
     BITS: tl.constexpr,
     TILES: tl.constexpr,
     HAS_MASK: tl.constexpr,
+    ALL: tl.constexpr,
 ):
     """Routes TILES * BLOCK_T tokens; ranks int32 [P] within the chunk, counts int32 [chunks, E]."""
-    arguments = (logits, token_mask, ids, pair_weight, HAS_MASK)
+    arguments = (logits, token_mask, first_expert, ids, pair_weight, HAS_MASK, ALL)
     triton_sort.rank_chunk(
         _choose, arguments, num_tokens, rank, counts, E, K, BLOCK_T, BLOCK_E, BLOCK_K, BITS, TILES
     )

@@ -22,7 +22,7 @@ from moe_jax.experts.layers import GptOssMLP
 from moe_jax.kernels.expert_mlp import launch
 from moe_jax.kernels.lowering import no_gradient, per_platform, vary_together
 from moe_jax.quantization.tiled import TiledMXFP4
-from moe_jax.routing import Routing, route
+from moe_jax.routing import Routing, own_pairs, route
 from moe_jax.tagged import Tagged
 
 
@@ -35,11 +35,20 @@ class Logits:
         logits: float {s, expert}.
         token_mask: bool {s} or None; tokens that are False get no expert.
         experts_per_token: how many experts a token is sent to.
+        first_expert: int32 [], where the logits are those of more experts than are at hand: which
+            of them the first at hand is. None where they are the same.
     """
 
     logits: Tagged
     token_mask: Tagged | None
     experts_per_token: int = dataclasses.field(metadata={"static": True})
+    first_expert: jax.Array | None = None
+
+    def route(self, num_experts: int) -> Routing:
+        """The routing, with ids of `num_experts` at hand, and `num_experts` for the others."""
+        routing = route(self.logits, self.experts_per_token, token_mask=self.token_mask)
+        first = self.first_expert
+        return routing if first is None else own_pairs(routing, first, num_experts)
 
 
 def is_supported(experts: Any, x: Tagged) -> bool:
@@ -135,9 +144,9 @@ _apply.defvjp(_forward, _backward)
 
 
 def _in_xla(experts: GptOssMLP, x: Tagged, routing: Routing | Logits, algorithm: str) -> Tagged:
-    if isinstance(routing, Logits):
-        routing = route(routing.logits, routing.experts_per_token, token_mask=routing.token_mask)
     num_experts = experts.gate_up.size("expert")
+    if isinstance(routing, Logits):
+        routing = routing.route(num_experts)
     return dispatch.EXACT[algorithm](experts, x, routing, num_experts)
 
 
@@ -151,6 +160,7 @@ def _in_triton(experts: GptOssMLP, x: Tagged, routing: Routing | Logits, algorit
             rows,
             routing.logits.untag("s", "expert"),
             None if mask is None else mask.untag("s"),
+            routing.first_expert,
             routing.experts_per_token,
         )
     else:
@@ -218,5 +228,5 @@ def _check(experts: GptOssMLP, x: Tagged, routing: Routing | Logits) -> None:
             raise ValueError(
                 f"ids and weights must have the same sizes, got {routing.ids} and {routing.weights}"
             )
-    elif routing.logits.size("expert") != num_experts:
+    elif routing.first_expert is None and routing.logits.size("expert") != num_experts:
         raise ValueError(f"expected logits of {num_experts} experts, got {routing.logits}")

@@ -18,13 +18,22 @@ _EXACT_PAIRS = 1024
 
 
 def routed_layer(
-    experts: Any, x: jax.Array, logits: jax.Array, token_mask: jax.Array | None, k: int
+    experts: Any,
+    x: jax.Array,
+    logits: jax.Array,
+    token_mask: jax.Array | None,
+    first_expert: jax.Array | None,
+    k: int,
 ) -> jax.Array:
-    """Experts (a `GptOssMLP`) on x [T, d], routed by logits [T, E] -> [T, d]."""
+    """Experts (a `GptOssMLP`) on x [T, d], routed by logits [T, all experts] -> [T, d]."""
     plan = matmul.plan(x.shape[0] * k, experts.gate_up, experts.down)
-    num_counters = matmul.num_counters(plan, x.shape[0] * k, logits.shape[1])
     pairs, counters = dispatch.route_and_clear(
-        logits, token_mask, experts_per_token=k, num_counters=num_counters
+        logits,
+        token_mask,
+        experts_per_token=k,
+        first_expert=first_expert,
+        num_experts=_count(experts),
+        num_counters=matmul.num_counters(plan, x.shape[0] * k, _count(experts)),
     )
     return _layer(experts, x, pairs, counters, plan)
 
