@@ -192,12 +192,12 @@ class TestChoice:
 
     @pytest.mark.parametrize(("devices", "k"), [(2, 4), (4, 64), (8, 4)])
     def test_the_exchange_begins_where_it_sends_less(self, devices, k):
-        """In bytes: sums are float32, rows bfloat16; to start the exchange costs 12,000 rows."""
+        """In bytes: sums are float32, rows bfloat16; to start the exchange costs 16,000 rows."""
 
         def saved(tokens):
             summed = 4 * 2 * (devices - 1) / devices * tokens
             each = 2 * (devices - 1) * capacity(tokens // devices, devices, k)
-            return summed - 2 * (each + 12_000)
+            return summed - 2 * (each + 16_000)
 
         for tokens in (2**n for n in range(10, 21)):
             expected = "all_to_all" if saved(tokens) > 0 else "psum"

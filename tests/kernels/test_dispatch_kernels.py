@@ -75,6 +75,24 @@ def test_routing_compiles(monkeypatch, capability, num_tokens, num_experts, k, d
 
 
 @needs_triton
+@pytest.mark.parametrize("num_tokens", [1, 128, 8192])
+@pytest.mark.compiles
+def test_routing_to_the_experts_of_a_device_compiles(monkeypatch, num_tokens):
+    found = compile_calls(
+        monkeypatch,
+        90,
+        launch.route_and_clear,
+        jnp.zeros((num_tokens, 32)),
+        jnp.ones(num_tokens, bool),
+        experts_per_token=4,
+        first_expert=jnp.int32(8),
+        num_experts=8,
+        num_counters=40,
+    )
+    assert found and not any(c.spills for c in found.values())
+
+
+@needs_triton
 @pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.compiles
 def test_sorting_compiles(monkeypatch, capability):

@@ -64,9 +64,8 @@ def route_and_clear(
         logits if first_expert is None else first_expert.reshape(1),
         num_tokens,
     )
-    options["ALL"] = total
     options["BITS"] = count_bits(blocks.tokens)  # a token names an expert at most once
-    options["HAS_MASK"] = token_mask is not None
+    options["OPTIONS"] = total, token_mask is not None
     if blocks.chunks == 1:
         return _call(
             kernels.route_once,

@@ -39,8 +39,7 @@ def _choose(
     first_expert,
     ids,
     pair_weight,
-    HAS_MASK: tl.constexpr,
-    ALL: tl.constexpr,
+    OPTIONS: tl.constexpr,
     token,
     num_tokens,
     E: tl.constexpr,
@@ -48,7 +47,7 @@ def _choose(
     BLOCK_E: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Writes ids and weights of a tile of tokens.
+    """Writes ids and weights of a tile of tokens; OPTIONS are (ALL, HAS_MASK).
 
     Tokens choose among ALL experts. Where those are more than E, only E from `first_expert` on are
     known here: ids count from that one, and a pair of another has no expert.
@@ -56,6 +55,8 @@ def _choose(
     Returns the ids, int32 [token, BLOCK_K], the experts they mark, int32 [token, expert], and 0:
     a token chooses no expert again.
     """
+    ALL: tl.constexpr = OPTIONS[0]
+    HAS_MASK: tl.constexpr = OPTIONS[1]
     expert = tl.arange(0, BLOCK_E)[None, :]
     nth = tl.arange(0, BLOCK_K)[None, :]
     here = token < num_tokens
@@ -117,14 +118,13 @@ def route_once(
     BLOCK_K: tl.constexpr,
     BITS: tl.constexpr,
     COUNTERS: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    ALL: tl.constexpr,
+    OPTIONS: tl.constexpr,
 ):
-    """Routes up to BLOCK_T tokens in one program: logits [T, ALL] -> ids, weights, order, sizes."""
+    """Routes up to BLOCK_T tokens in one program: logits [T, all] -> ids, weights, order, sizes."""
     triton_sort.clear(counters, COUNTERS)
     token = tl.arange(0, BLOCK_T)
     index, marks, again = _choose(
-        logits, token_mask, first_expert, ids, pair_weight, HAS_MASK, ALL,
+        logits, token_mask, first_expert, ids, pair_weight, OPTIONS,
         token, num_tokens, E, K, BLOCK_E, BLOCK_K,
     )  # fmt: skip
     triton_sort.sort_tile(
@@ -149,11 +149,22 @@ def route_chunk(
     BLOCK_K: tl.constexpr,
     BITS: tl.constexpr,
     TILES: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    ALL: tl.constexpr,
+    OPTIONS: tl.constexpr,
 ):
     """Routes TILES * BLOCK_T tokens; ranks int32 [P] within the chunk, counts int32 [chunks, E]."""
-    arguments = (logits, token_mask, first_expert, ids, pair_weight, HAS_MASK, ALL)
+    arguments = (logits, token_mask, first_expert, ids, pair_weight)
     triton_sort.rank_chunk(
-        _choose, arguments, num_tokens, rank, counts, E, K, BLOCK_T, BLOCK_E, BLOCK_K, BITS, TILES
+        _choose,
+        arguments,
+        OPTIONS,
+        num_tokens,
+        rank,
+        counts,
+        E,
+        K,
+        BLOCK_T,
+        BLOCK_E,
+        BLOCK_K,
+        BITS,
+        TILES,
     )

@@ -33,6 +33,7 @@ def _unpack(words, index, PER_WORD: tl.constexpr, BITS: tl.constexpr):
 @triton.jit
 def _name(
     ids,
+    OPTIONS: tl.constexpr,
     token,
     num_tokens,
     E: tl.constexpr,
@@ -40,7 +41,7 @@ def _name(
     BLOCK_E: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
-    """Reads the ids of a tile of tokens.
+    """Reads the ids of a tile of tokens. There are no OPTIONS.
 
     Returns them, int32 [token, BLOCK_K], how often they name each expert, int32 [token, expert],
     and how often each pair's expert was named by an earlier pair of its token, like the ids.
@@ -141,6 +142,7 @@ def _rank_tile(
 def rank_chunk(
     MARK: tl.constexpr,
     arguments,
+    OPTIONS: tl.constexpr,
     num_tokens,
     rank,
     counts,
@@ -154,14 +156,14 @@ def rank_chunk(
 ):
     """Writes the ranks of the pairs of TILES * BLOCK_T tokens, and the chunk's pairs by expert.
 
-    MARK(*arguments, ...) -> (index, marks, again) of a tile, as `_name` does.
+    MARK(*arguments, OPTIONS, ...) -> (index, marks, again) of a tile, as `_name` does.
     """
     chunk = tl.program_id(0)
     expert = tl.arange(0, BLOCK_E)
     sizes = tl.zeros([BLOCK_E], tl.int32)
     for tile in range(TILES):
         token = (chunk * TILES + tile) * BLOCK_T + tl.arange(0, BLOCK_T)
-        index, marks, again = MARK(*arguments, token, num_tokens, E, K, BLOCK_E, BLOCK_K)
+        index, marks, again = MARK(*arguments, OPTIONS, token, num_tokens, E, K, BLOCK_E, BLOCK_K)
         sizes = _rank_tile(marks, index, again, sizes, token, num_tokens, rank, E, K, BITS)
     tl.store(counts + chunk * E + expert, sizes, mask=expert < E)
 
@@ -184,7 +186,7 @@ def sort_once(
     """Sorts the pairs of up to BLOCK_T tokens in one program: ids [T, K] -> order, sizes."""
     clear(counters, COUNTERS)
     token = tl.arange(0, BLOCK_T)
-    index, marks, again = _name(ids, token, num_tokens, E, K, BLOCK_E, BLOCK_K)
+    index, marks, again = _name(ids, None, token, num_tokens, E, K, BLOCK_E, BLOCK_K)
     sort_tile(marks, index, again, token, num_tokens, order, group_sizes, E, K, BLOCK_E, BITS)
 
 
@@ -204,7 +206,7 @@ def sort_chunk(
 ):
     """Ranks int32 [P] of the pairs of TILES * BLOCK_T tokens, and counts int32 [chunks, E]."""
     rank_chunk(
-        _name, (ids,), num_tokens, rank, counts, E, K, BLOCK_T, BLOCK_E, BLOCK_K, BITS, TILES
+        _name, (ids,), None, num_tokens, rank, counts, E, K, BLOCK_T, BLOCK_E, BLOCK_K, BITS, TILES
     )
 
 
