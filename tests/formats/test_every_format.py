@@ -11,8 +11,7 @@ import pytest
 from flax import nnx
 from infmoe_files import layer_of
 
-from moe_jax import Activation, MoE, Norm, tag
-from moe_jax.experts import QuantizedGatedMLP, StaticFP8
+from moe_jax import Activation, MoE, Norm, QuantizedGatedMLP, StaticFP8, tag
 from moe_jax.formats import FormatError, infmoe, openvino, torch
 from moe_jax.formats.onnx import custom, dense, microsoft
 from moe_jax.layer import MoEConfig
