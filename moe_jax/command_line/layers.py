@@ -59,7 +59,8 @@ def describe_experts(
         name=name,
         format=format,
         experts=type(experts).__name__,
-        num_experts=down.size("expert") if num_experts is None and down is not None
+        num_experts=down.size("expert")
+        if num_experts is None and down is not None
         else num_experts or 0,
         hidden_size=down.size("out") if hidden_size is None and down is not None else hidden_size,
         intermediate_size=None if down is None else down.size("in"),

@@ -74,7 +74,10 @@ def _of_layout(layout: states.Layout) -> StateFormat:
         return states.import_state(state, own, experts_per_token=count, prefix=prefix)
 
     def write(layer: MoE, prefix: str) -> dict[str, np.ndarray]:
-        return states.export_state(layer, layout, prefix=prefix)
+        router = layer.config.router
+        alike = router in gpt_oss.ROUTERS and layout.router in gpt_oss.ROUTERS
+        own = dataclasses.replace(layout, router=router) if alike else layout
+        return states.export_state(layer, own, prefix=prefix)
 
     return StateFormat(layout.tensors, layout.experts.__name__, layout.activation, read, write)
 
@@ -87,6 +90,10 @@ def _read_gpt_oss(
     )
 
 
+def _write_gpt_oss(layer: MoE, prefix: str) -> dict[str, np.ndarray]:
+    return gpt_oss.export_state(layer, prefix=prefix)
+
+
 STATE_FORMATS: Mapping[str, StateFormat] = {
     "torch:dropless": _of_layout(states.DROPLESS),
     "torch:gpt-oss": _of_layout(states.GPT_OSS),
@@ -95,7 +102,7 @@ STATE_FORMATS: Mapping[str, StateFormat] = {
         "GptOssMLP",
         states.GPT_OSS.activation,
         _read_gpt_oss,
-        lambda layer, prefix: gpt_oss.export_state(layer, prefix=prefix),
+        _write_gpt_oss,
     ),
     "torch:mixtral": _of_layout(states.MIXTRAL),
     "torch:mixtral-checkpoint": _of_layout(states.MIXTRAL_CHECKPOINT),
@@ -184,9 +191,7 @@ class States:
             activation=self._activation(kind).kind,
             weights="mxfp4" if packed else last[0].dtype.name,
             nbytes=sum(entry.nbytes for entry in place.entries.values()),
-            tensors={
-                n: f"{e.dtype.name}{list(e.shape)}" for n, e in sorted(place.entries.items())
-            },
+            tensors={n: f"{e.dtype.name}{list(e.shape)}" for n, e in sorted(place.entries.items())},
         )
 
     def _activation(self, kind: StateFormat) -> Activation:

@@ -17,12 +17,13 @@ from moe_jax.command_line.options import WRITE, ReadOptions, UsageError, WriteOp
 from moe_jax.command_line.sources import (
     ATTRIBUTES_SUFFIX,
     microsoft_target,
-    read_all,
+    open_source,
     read_infmoe,
 )
 from moe_jax.command_line.states import STATE_FORMATS, States
 from moe_jax.layer import MoE
 from moe_jax.mixture_of_experts import fused_experts
+from moe_jax.quantization.packed import is_packed
 from moe_jax.tagged import Tagged, is_tagged
 from moe_jax.variables import Variables
 
@@ -49,12 +50,14 @@ class Target:
         run: (path, layers as written, inputs, options) -> outputs and what computed them.
         with_router: whether it holds layers with routers only.
         single: whether a file holds one layer only.
+        packed: whether it holds packed weights.
     """
 
     write: Callable[[Path, Layers, WriteOptions], None]
     run: Callable[[Path, Layers, Inputs, WriteOptions], Run]
     with_router: bool = True
     single: bool = False
+    packed: bool = False
 
 
 def target_of(name: str, layers: Layers, options: WriteOptions) -> Target:
@@ -69,6 +72,11 @@ def target_of(name: str, layers: Layers, options: WriteOptions) -> Target:
     for layer, one in layers.items():
         if target.with_router and not isinstance(one, MoE):
             raise UsageError(f"layer {layer!r} has no router, and {name} holds layers with one")
+        if not target.packed and any(map(is_packed, _weights(one))):
+            raise UsageError(
+                f"layer {layer!r} has packed weights, for which {name} has no place: --dequantize "
+                f"float32 decodes them"
+            )
     return target
 
 
@@ -82,8 +90,6 @@ def run_layer(layer: Any, inputs: tuple[np.ndarray, ...]) -> np.ndarray:
 
 def dequantized(layer: Any, dtype: str) -> Any:
     """The layer with packed weights decoded to floats."""
-    from moe_jax.quantization.packed import is_packed
-
     if not isinstance(layer, MoE) or not isinstance(layer.experts, Variables):
         return layer
     experts = jax.tree.map(
@@ -97,6 +103,13 @@ def dequantized(layer: Any, dtype: str) -> Any:
     return copy
 
 
+def _weights(layer: Any) -> list[Any]:
+    """The arrays and packed weights of a layer's experts."""
+    experts = layer.experts if isinstance(layer, MoE) else layer
+    tree = experts.tree() if isinstance(experts, Variables) else experts
+    return jax.tree.leaves(tree, is_leaf=lambda n: is_packed(n) or is_tagged(n))
+
+
 @functools.cache
 def _compiled() -> Callable[[MoE, jax.Array], jax.Array]:
     return nnx.jit(lambda layer, x: layer(x))
@@ -106,8 +119,7 @@ def _widened(layers: Layers, options: WriteOptions) -> str | None:
     """The dtype to write: bfloat16 as float32, which holds the same numbers, where none is said."""
     if options.dtype is not None:
         return options.dtype
-    experts = [one.experts.tree() for one in layers.values() if isinstance(one.experts, Variables)]
-    leaves = jax.tree.leaves(experts, is_leaf=is_tagged)
+    leaves = [leaf for one in layers.values() for leaf in _weights(one)]
     wide = any(isinstance(n, Tagged) and n.dtype == jnp.bfloat16 for n in leaves)
     return "float32" if wide else None
 
@@ -220,12 +232,8 @@ def _session(path: Path) -> Any:
             os.environ[ORT_EXACT] = before
 
 
-def _run_read(
-    path: Path, layers: Layers, inputs: Inputs, options: WriteOptions, what: str
-) -> Run:
+def _run_read(path: Path, layers: Layers, inputs: Inputs, options: WriteOptions, what: str) -> Run:
     """By moe_jax, of what is read back from an ONNX file."""
-    from moe_jax.command_line.sources import ReadOptions, open_source
-
     source = open_source(path, ReadOptions(target=options.target))
     return {name: run_layer(source.read(name), inputs[name]) for name in layers}, what
 
@@ -270,11 +278,15 @@ def _run_state(
 _TARGETS: Mapping[str, Target] = {
     "onnx-custom": Target(_write_custom, _run_onnx),
     "onnx-dense": Target(_write_dense, _run_onnx),
-    "onnx-microsoft": Target(_write_microsoft, _run_onnx),
+    "onnx-microsoft": Target(_write_microsoft, _run_onnx, packed=True),
     "openvino": Target(_write_openvino, _run_openvino, with_router=False),
     "infmoe": Target(_write_infmoe, _run_infmoe, single=True),
     **{
-        name: Target(functools.partial(_write_state, name), functools.partial(_run_state, name))
+        name: Target(
+            functools.partial(_write_state, name),
+            functools.partial(_run_state, name),
+            packed=name == "torch:gpt-oss-mxfp4",
+        )
         for name in STATE_FORMATS
     },
 }

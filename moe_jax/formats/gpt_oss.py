@@ -1,7 +1,7 @@
 """The MoE layers of gpt-oss's checkpoints, whose matrices are MXFP4 blocks and scales.
 
-    experts.gate_up_proj_blocks  uint8 [E, 2I, D / 32, 16]     experts.gate_up_proj_scales  [E, 2I, D / 32]
-    experts.down_proj_blocks     uint8 [E, D, I / 32, 16]      experts.down_proj_scales     [E, D, I / 32]
+    experts.gate_up_proj_blocks  [E, 2I, D / 32, 16]    experts.gate_up_proj_scales  [E, 2I, D / 32]
+    experts.down_proj_blocks     [E, D, I / 32, 16]     experts.down_proj_scales     [E, D, I / 32]
 
 with biases `experts.*_bias` and the router as in `moe_jax.formats.torch.GPT_OSS`, which is the
 layout of the same layers with matrices of floats. Blocks and scales stay as they are.
@@ -28,6 +28,9 @@ from moe_jax.quantization.mxfp4 import BlockScaled
 from moe_jax.routing import Router
 from moe_jax.tagged import Tagged
 from moe_jax.variables import value
+
+ROUTERS = (Router(), Router(renormalize=True), Router(order="before_top_k", renormalize=True))
+"""The routers that may be written; they give the same weights up to rounding."""
 
 _LEAVES = {
     "blocks": ("expert", "out", "block", "byte"),
@@ -111,8 +114,8 @@ def export_state(layer: MoE, *, prefix: str = "") -> dict[str, np.ndarray]:
     alike = dataclasses.replace(GPT_OSS_ACTIVATION, limit=experts.activation.limit)
     if experts.activation != alike:
         raise FormatError(f"activation is {experts.activation}, gpt-oss has {GPT_OSS_ACTIVATION}")
-    if layer.config.router != Router():
-        raise FormatError(f"router is {layer.config.router}, gpt-oss has {Router()}")
+    if layer.config.router not in ROUTERS:
+        raise FormatError(f"router is {layer.config.router}, gpt-oss has {ROUTERS[0]}")
     if layer.router_bias is None:
         raise FormatError("router_bias is None: gpt-oss has one, give it zeros")
     fields: dict[str, Tagged] = {
