@@ -22,7 +22,7 @@ from moe_jax.command_line.options import (
 from moe_jax.command_line.progress import Progress
 from moe_jax.command_line.sources import Source, open_source
 from moe_jax.command_line.targets import dequantized, run_layer, target_of
-from moe_jax.experts.base import Expert
+from moe_jax.experts.layers import GatedMLP, GptOssMLP
 from moe_jax.layer import MoE
 from moe_jax.tagged import is_tagged
 from moe_jax.variables import value
@@ -146,8 +146,8 @@ def random_inputs(rng: np.random.Generator, layer: Any, dtype: str) -> tuple[np.
         weight = value(layer.router_weight)
         x = _normal(rng, weight.size("d"), dtype)
         return (abs(x) if layer.config.router.score == "linear" else x,)
-    assert isinstance(layer, Expert)  # what formats without a router hold
-    down = getattr(layer, "down")
+    assert isinstance(layer, GptOssMLP | GatedMLP)  # what OpenVINO's files hold
+    down = layer.down
     count = min(2, down.size("expert"))
     ids = np.stack([rng.permutation(down.size("expert"))[:count] for _ in range(np.prod(_TOKENS))])
     scores = rng.random((*_TOKENS, count), np.float32)

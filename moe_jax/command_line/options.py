@@ -92,13 +92,13 @@ def check_applies(options: ReadOptions | WriteOptions, table: Mapping[str, str],
 
 def format_of_target(path: Path, given: str | None) -> str:
     """The format to write. Raises UsageError unless suffix and `--to` settle it."""
-    if path.suffix not in SUFFIXES:
+    possible = SUFFIXES.get(path.suffix)
+    if possible is None:
         raise UsageError(
             f"{path}: the target must end in one of {', '.join(SUFFIXES)}, got {path.suffix!r}"
         )
-    possible = SUFFIXES[path.suffix]
     if given is None and len(possible) > 1:
         raise UsageError(f"{path} may be one of {', '.join(possible)}: say which with --to")
     if given is not None and given not in possible:
         raise UsageError(f"{path}: a {path.suffix} file is {' or '.join(possible)}, not {given}")
-    return given or possible[0]
+    return next(iter(possible)) if given is None else given

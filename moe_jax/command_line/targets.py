@@ -35,7 +35,7 @@ type Run = tuple[dict[str, np.ndarray], str]
 """Outputs [b, s, d] by layer, and what computed them."""
 
 ORT_EXACT = "ORT_QMOE_CPU_QNBIT_GEMM"
-"""With `fp32` onnxruntime's CPU multiplies 8-bit weights in float32, not by activations of 8 bits."""
+"""With `fp32` onnxruntime's CPU does not round what 8-bit weights are multiplied with to 8 bits."""
 
 _NO_ONNXRUNTIME = "moe_jax, read back (onnxruntime is not installed)"
 _NOT_ON_CPU = "moe_jax, read back (reference only: no CPU runs it)"
@@ -89,11 +89,18 @@ def run_layer(layer: Any, inputs: tuple[np.ndarray, ...]) -> np.ndarray:
 
 
 def dequantized(layer: Any, dtype: str) -> Any:
-    """The layer with packed weights decoded to floats."""
+    """The layer with packed weights decoded to floats; floats that `dtype` holds become it too."""
     if not isinstance(layer, MoE) or not isinstance(layer.experts, Variables):
         return layer
+
+    def one(weight: Any) -> Any:
+        if is_packed(weight):
+            return weight.dequantize(jnp.dtype(dtype))
+        kept = jnp.promote_types(weight.dtype, dtype) == dtype
+        return weight.astype(jnp.dtype(dtype)) if kept else weight
+
     experts = jax.tree.map(
-        lambda w: w.dequantize(jnp.dtype(dtype)) if is_packed(w) else w,
+        one,
         layer.experts.tree(),
         is_leaf=lambda n: is_packed(n) or is_tagged(n),
     )
@@ -269,8 +276,6 @@ def _run_state(
     for name, layer in layers.items():
         count = layer.config.experts_per_token
         back = States.open(path, ReadOptions(format, experts_per_token=count))
-        limit = getattr(getattr(layer.experts.tree(), "activation", None), "limit", None)
-        back = dataclasses.replace(back, limit=limit)  # which safetensors do not hold
         found[name] = run_layer(back.read(name), inputs[name])
     return found, "moe_jax, read back"
 

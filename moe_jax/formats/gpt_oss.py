@@ -9,7 +9,6 @@ layout of the same layers with matrices of floats. Blocks and scales stay as the
 Source: https://huggingface.co/openai/gpt-oss-20b
 """
 
-import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -85,7 +84,8 @@ def import_state(
         fields[part.fields[0]] = Tagged(jnp.asarray(array), part.axes)
     router = fields["router_weight"]
     weights = {
-        field: BlockScaled(*(fields[f"{field}.{leaf}"] for leaf in _LEAVES)) for field in _MATRICES
+        field: BlockScaled(fields[f"{field}.blocks"], fields[f"{field}.scales"])
+        for field in _MATRICES
     }
     _check_sizes(weights, fields, prefix)
     return MoE(
@@ -101,8 +101,15 @@ def import_state(
     )
 
 
-def export_state(layer: MoE, *, prefix: str = "") -> dict[str, np.ndarray]:
+def export_state(
+    layer: MoE, *, prefix: str = "", activation: Activation = GPT_OSS_ACTIVATION
+) -> dict[str, np.ndarray]:
     """A layer's tensors by name.
+
+    Args:
+        layer: of `GptOssMLP` in MXFP4.
+        prefix: of the names.
+        activation: what whoever reads the tensors will take for the experts' activation.
 
     Raises:
         FormatError: it is not a layer of gpt-oss in MXFP4; the message names its field.
@@ -111,9 +118,11 @@ def export_state(layer: MoE, *, prefix: str = "") -> dict[str, np.ndarray]:
     experts = restore_experts(experts_of(layer))
     if type(experts) is not GptOssMLP:
         raise FormatError(f"the experts are {type(experts).__name__}, gpt-oss has GptOssMLP")
-    alike = dataclasses.replace(GPT_OSS_ACTIVATION, limit=experts.activation.limit)
-    if experts.activation != alike:
-        raise FormatError(f"activation is {experts.activation}, gpt-oss has {GPT_OSS_ACTIVATION}")
+    if experts.activation != activation:
+        raise FormatError(
+            f"activation is {experts.activation}, the tensors stand for {activation}: they do not "
+            f"hold it, so give activation=... on both sides"
+        )
     if layer.config.router not in ROUTERS:
         raise FormatError(f"router is {layer.config.router}, gpt-oss has {ROUTERS[0]}")
     if layer.router_bias is None:

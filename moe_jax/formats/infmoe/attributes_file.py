@@ -53,6 +53,6 @@ def write_attributes(plugin: InfMoEPlugin, path: str | os.PathLike[str]) -> None
     attributes = {name: getattr(plugin, name) for name in _FIELDS}
     way = os.path.relpath(plugin.expert_weight_file, Path(path).parent)
     attributes["expert_weight_file"] = Path(way).as_posix()
-    given = {n: np.asarray(a) for n, a in attributes.items() if a is not None}
+    given: dict[str, Any] = {n: np.asarray(a) for n, a in attributes.items() if a is not None}
     with open(path, "wb") as file:
         np.savez(file, **given)
