@@ -20,8 +20,8 @@ from moe_jax.experts.layers import GptOssMLP
 from moe_jax.experts.prepare import restore_experts
 from moe_jax.formats.errors import FormatError
 from moe_jax.formats.modules import check_sayable, experts_of
-from moe_jax.formats.tensors import to_numpy
-from moe_jax.formats.torch import GPT_OSS, Tensor
+from moe_jax.formats.torch.layouts import GPT_OSS, Tensor
+from moe_jax.formats.torch.tensors import to_numpy
 from moe_jax.layer import MoE
 from moe_jax.quantization.mxfp4 import BlockScaled
 from moe_jax.routing import Router

@@ -21,10 +21,6 @@ IR_VERSION = 10
 _LARGEST_FILE = 2**31 - 1
 """Bytes of the largest protobuf message."""
 
-_SMALLEST_EXTERNAL = 128
-"""Size of a Python `bytes` from which on a constant may lie outside: that of shapes, which runtimes
-need before they read other files, is below it."""
-
 type Dimension = int | str | None
 """A size, the name of an unknown size, or None for an unknown size without a name."""
 
@@ -173,13 +169,10 @@ def save(
         return
     copy = ModelProto()
     copy.CopyFrom(model)  # onnx moves the constants out of the model it is given
-    onnx.save_model(
-        copy,
-        path,
-        save_as_external_data=True,
-        location=external_data,
-        size_threshold=_SMALLEST_EXTERNAL,
-    )
+    for tensor in copy.graph.initializer:
+        if tensor.data_type != TensorProto.INT64:  # shapes, which runtimes need to read the rest
+            onnx.external_data_helper.set_external_data(tensor, external_data)
+    onnx.save_model(copy, path)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from xml.etree import ElementTree
 
 from flax import nnx
 
@@ -48,11 +49,25 @@ def read(path: str | os.PathLike[str]) -> dict[str, MoE | Expert]:
     name = _xml(path)
     if not Path(name).exists():
         raise FileNotFoundError(f"no file {name}")
+    _check_kind(name)
     try:
         model = ov.Core().read_model(name)
     except RuntimeError as error:
         raise FormatError(f"OpenVINO cannot read {name}: {error}") from error
     return from_model(model)
+
+
+def _check_kind(name: str) -> None:
+    """Raises FormatError unless a file is a network in XML.
+
+    OpenVINO would try every other kind of file that it knows, and write to stderr about each.
+    """
+    try:
+        tag = ElementTree.parse(name).getroot().tag
+    except (ElementTree.ParseError, ValueError, LookupError) as error:
+        raise FormatError(f"{name} is not XML: {error}") from error
+    if tag != "net":
+        raise FormatError(f"{name} holds <{tag}>, expected <net>: OpenVINO did not write it")
 
 
 def _xml(path: str | os.PathLike[str]) -> str:
