@@ -112,7 +112,8 @@ def convert(request: Request) -> Report:
 def _converted(
     request: Request, name: str, source: Source, names: Sequence[str], bar: Progress
 ) -> Report:
-    layers = {layer: source.read(layer) for layer in bar.over(names, "reading")}
+    originals = {layer: source.read(layer) for layer in bar.over(names, "reading")}
+    layers = originals
     if request.dequantize is not None:
         layers = {layer: dequantized(one, request.dequantize) for layer, one in layers.items()}
     target = target_of(name, layers, request.write)
@@ -132,7 +133,8 @@ def _converted(
         tolerance = TOLERANCES[dtype] if request.tolerance is None else request.tolerance
         errors = {}
         for layer in bar.over(names, "comparing"):
-            errors[layer] = relative_error(outputs[layer], run_layer(layers[layer], inputs[layer]))
+            expected = run_layer(originals[layer], inputs[layer])
+            errors[layer] = relative_error(outputs[layer], expected)
         _check_errors(request.target, errors, tolerance, runtime)
         files = {folder / path.name: path.stat().st_size for path in written}
         for path in written:

@@ -10,6 +10,7 @@ import numpy as np
 import onnx
 import onnxruntime
 import pytest
+from safetensors.numpy import save_file
 
 from moe_jax.command_line import main
 from moe_jax.command_line.options import FORMATS
@@ -129,6 +130,19 @@ def test_packed_weights_are_decoded_when_asked(files, tmp_path, capsys):
     assert "--dequantize" in failure(capsys)
     assert convert(source, target, "--dequantize", "float32") == 0
     assert convert(target, tmp_path / "a.safetensors", "--to", "torch:gpt-oss") == 0
+
+
+def test_weights_too_large_for_the_floats_are_found_out(files, tmp_path, capsys):
+    """6 * 2**14 is no float16: what is compared is the source, not what became of it."""
+    source, target = tmp_path / "large.safetensors", tmp_path / "a.onnx"
+    state = torch.load_tensors(files["gpt_oss_mxfp4"])
+    for name in state:
+        if name.endswith("down_proj_scales"):
+            state[name] = np.full_like(state[name], 127 + 14)
+    save_file(state, source)
+    assert convert(source, target, "--to", "onnx-dense", "--dequantize", "float16") == 1
+    assert "error of inf" in failure(capsys) and not target.exists()
+    assert convert(source, target, "--to", "onnx-dense", "--dequantize", "float32") == 0
 
 
 def test_the_kernels_of_cuda_are_reference_only(files, tmp_path, capsys):

@@ -9,6 +9,7 @@ import numpy as np
 import onnx
 from google.protobuf.message import Message
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto
+from onnx.external_data_helper import set_external_data
 
 from moe_jax.formats.errors import FormatError
 
@@ -171,7 +172,7 @@ def save(
     copy.CopyFrom(model)  # onnx moves the constants out of the model it is given
     for tensor in copy.graph.initializer:
         if tensor.data_type != TensorProto.INT64:  # shapes, which runtimes need to read the rest
-            onnx.external_data_helper.set_external_data(tensor, external_data)
+            set_external_data(tensor, external_data)
     onnx.save_model(copy, path)
 
 
