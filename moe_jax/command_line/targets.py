@@ -96,8 +96,8 @@ def dequantized(layer: Any, dtype: str) -> Any:
     def one(weight: Any) -> Any:
         if is_packed(weight):
             return weight.dequantize(jnp.dtype(dtype))
-        kept = jnp.promote_types(weight.dtype, dtype) == dtype
-        return weight.astype(jnp.dtype(dtype)) if kept else weight
+        wider = weight.dtype.itemsize < jnp.dtype(dtype).itemsize
+        return weight.astype(jnp.dtype(dtype)) if wider else weight
 
     experts = jax.tree.map(
         one,
