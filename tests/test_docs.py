@@ -8,16 +8,19 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-EXAMPLES = [
-    (path.name, code)
+PAGES = {
+    path.name: re.findall(r"^```python\n(.*?)^```$", path.read_text(), re.MULTILINE | re.DOTALL)
     for path in sorted((ROOT / "docs").glob("*.md"))
-    for code in re.findall(r"^```python\n(.*?)^```$", path.read_text(), re.MULTILINE | re.DOTALL)
-]
+}
 
 
-@pytest.mark.parametrize(("name", "code"), EXAMPLES, ids=[name for name, _ in EXAMPLES])
-def test_an_example_runs(name, code):
-    exec(compile(code, name, "exec"), {})
+@pytest.mark.parametrize("page", [page for page, examples in PAGES.items() if examples])
+def test_the_examples_of_a_page_run(page, tmp_path, monkeypatch):
+    """One after the other, in a folder of their own; later ones use the names of those before."""
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    for code in PAGES[page]:
+        exec(compile(code, page, "exec"), names)
 
 
 def test_tables_of_larger_meshes(monkeypatch, capsys):

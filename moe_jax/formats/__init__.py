@@ -31,6 +31,9 @@ back under the name `moe`.
 `source` is a path or an `onnx.ModelProto`, which `to_model` makes of the same arguments as `write`.
 The rest are in parts:
 
+    gpt_oss          a layer of gpt-oss's checkpoints, whose matrices are MXFP4
+        import_state(state, *, experts_per_token, prefix="", activation=GPT_OSS_ACTIVATION) -> MoE
+        export_state(layer, *, prefix="", activation=GPT_OSS_ACTIVATION) -> dict[str, np.ndarray]
     infmoe           one layer is an npz file and a plugin's attributes
         read_layer(plugin, *, norm, algorithm="auto", sharding=None, sublayers=SUBLAYERS) -> MoE
         write_layer(layer, path, *, max_concurrency=2, sublayers=SUBLAYERS) -> InfMoEPlugin

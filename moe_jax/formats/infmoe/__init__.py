@@ -23,6 +23,8 @@ The sub-layers are a table, so that others can be added to it, as in the plugin:
 Source: https://github.com/Harry-Chen/InfMoE
 """
 
+from moe_jax.formats.infmoe.attributes_file import read_attributes as read_attributes
+from moe_jax.formats.infmoe.attributes_file import write_attributes as write_attributes
 from moe_jax.formats.infmoe.layer import read_layer as read_layer
 from moe_jax.formats.infmoe.layer import write_layer as write_layer
 from moe_jax.formats.infmoe.plugin import DESCRIBED_NORM as DESCRIBED_NORM

@@ -25,7 +25,7 @@ def read_arrays(plugin: InfMoEPlugin, sublayer: Sublayer) -> dict[str, np.ndarra
     with contextlib.ExitStack() as stack:
         # opened here, for NumPy leaves what it opened open where it is damaged
         opened = stack.enter_context(open(path, "rb"))
-        with _damage_named(path):
+        with damage_named(path):
             file = np.load(opened, allow_pickle=False)
         if not isinstance(file, np.lib.npyio.NpzFile):
             raise FormatError(f"{path} holds a single array, expected an npz file")
@@ -36,7 +36,7 @@ def read_arrays(plugin: InfMoEPlugin, sublayer: Sublayer) -> dict[str, np.ndarra
         for key in keys:
             arrays[key] = np.empty((plugin.expert_count, *shapes[key]), np.float32)
             for n in range(plugin.expert_count):
-                with _damage_named(path):
+                with damage_named(path):
                     array = file[f"{n}/{key}"]
                 check_array(f"{n}/{key} in {path}", array, shapes[key])
                 arrays[key][n] = array
@@ -82,7 +82,7 @@ def _listed(keys: Iterable[str]) -> str:
 
 
 @contextlib.contextmanager
-def _damage_named(path: str) -> Iterator[None]:
+def damage_named(path: str) -> Iterator[None]:
     """What NumPy raises for a file that it cannot read, as a FormatError."""
     try:
         yield

@@ -7,7 +7,9 @@ from typing import Any
 
 import numpy as np
 import onnx
+from google.protobuf.message import Message
 from onnx import GraphProto, ModelProto, NodeProto, TensorProto, ValueInfoProto
+from onnx.external_data_helper import set_external_data
 
 from moe_jax.formats.errors import FormatError
 
@@ -137,7 +139,26 @@ def load(source: str | os.PathLike[str] | ModelProto) -> ModelProto:
         raise FormatError(f"{os.fspath(source)} cannot be read as ONNX: {error}") from error
     if not model.HasField("graph"):
         raise FormatError(f"{os.fspath(source)} holds no ONNX graph")
+    if not _is_text(model):
+        raise FormatError(f"{os.fspath(source)} holds names that are not UTF-8: it is damaged")
+    for tensor in model.graph.initializer:
+        if tensor.data_location == TensorProto.DEFAULT:
+            tensor.ClearField("data_location")  # which is all that tells external data by now
     return model
+
+
+def _is_text(message: Any) -> bool:
+    """Whether all that should be text is, which protobuf does not check."""
+    try:
+        for field, found in message.ListFields():
+            values = [found] if isinstance(found, str | bytes | Message) else found
+            if field.type == field.TYPE_STRING and not all(isinstance(v, str) for v in values):
+                return False
+            if field.type == field.TYPE_MESSAGE and not all(map(_is_text, values)):
+                return False
+    except UnicodeDecodeError:
+        return False
+    return True
 
 
 def save(
@@ -149,9 +170,10 @@ def save(
         return
     copy = ModelProto()
     copy.CopyFrom(model)  # onnx moves the constants out of the model it is given
-    onnx.save_model(
-        copy, path, save_as_external_data=True, location=external_data, size_threshold=0
-    )
+    for tensor in copy.graph.initializer:
+        if tensor.data_type != TensorProto.INT64:  # shapes, which runtimes need to read the rest
+            set_external_data(tensor, external_data)
+    onnx.save_model(copy, path)
 
 
 @dataclasses.dataclass(frozen=True)

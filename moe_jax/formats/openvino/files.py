@@ -3,6 +3,9 @@
 import os
 from collections.abc import Mapping
 from pathlib import Path
+from xml.etree import ElementTree
+
+from flax import nnx
 
 from moe_jax.experts.base import Expert
 from moe_jax.formats.errors import FormatError
@@ -10,10 +13,13 @@ from moe_jax.formats.openvino.package import load_openvino
 from moe_jax.layer import MoE
 
 
-def write(path: str | os.PathLike[str], layers: Mapping[str, MoE | Expert]) -> None:
+def write(
+    path: str | os.PathLike[str],
+    layers: MoE | Expert | Mapping[str, MoE | Expert] | nnx.Module,
+) -> None:
     """Writes layers by name as one graph that OpenVINO fuses; see `model.to_model`.
 
-    A layer is a `MoE`, or experts alone. Experts are `GptOssMLP` or `GatedMLP` without biases, of
+    A layer is an `MoE`, or experts alone. Experts are `GptOssMLP` or `GatedMLP` without biases, of
     float32, float16 or bfloat16 weights, which are kept as they are. What does not change the
     result (`algorithm`, `sharding`) is not written.
 
@@ -43,11 +49,25 @@ def read(path: str | os.PathLike[str]) -> dict[str, MoE | Expert]:
     name = _xml(path)
     if not Path(name).exists():
         raise FileNotFoundError(f"no file {name}")
+    _check_kind(name)
     try:
         model = ov.Core().read_model(name)
     except RuntimeError as error:
         raise FormatError(f"OpenVINO cannot read {name}: {error}") from error
     return from_model(model)
+
+
+def _check_kind(name: str) -> None:
+    """Raises FormatError unless a file is a network in XML.
+
+    OpenVINO would try every other kind of file that it knows, and write to stderr about each.
+    """
+    try:
+        tag = ElementTree.parse(name).getroot().tag
+    except (ElementTree.ParseError, ValueError, LookupError) as error:
+        raise FormatError(f"{name} is not XML: {error}") from error
+    if tag != "net":
+        raise FormatError(f"{name} holds <{tag}>, expected <net>: OpenVINO did not write it")
 
 
 def _xml(path: str | os.PathLike[str]) -> str:
