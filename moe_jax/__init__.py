@@ -1,48 +1,46 @@
-"""Mixture-of-experts layers for JAX, with tagged axes and block-scaled FP4 experts.
+"""Mixture-of-experts layers for JAX, with tagged axes and block-scaled FP4 experts."""
 
-The names are those of `moe_jax.public`, which is imported when the first of them is asked for: JAX
-and Flax take seconds to import, and the command `moe-jax --help` needs neither.
-"""
-
-import importlib
-import importlib.util
-import sys
-import types
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from moe_jax.public import *  # noqa: F403
-
-_ENTRY = "mixture_of_experts"
-
-
-class _Package(types.ModuleType):
-    """The package, in which the name of the entry point is always that of the function.
-
-    It is also the name of the module that defines it, which importing would put in its place.
-    """
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        if name == _ENTRY and isinstance(value, types.ModuleType):
-            value = getattr(value, _ENTRY)
-        super().__setattr__(name, value)
-
-
-def __getattr__(name: str) -> Any:
-    if name.startswith("__"):
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    if name != _ENTRY and importlib.util.find_spec(f"{__name__}.{name}") is not None:
-        return importlib.import_module(f"{__name__}.{name}")
-    names = vars(importlib.import_module("moe_jax.public"))
-    globals().update({n: value for n, value in names.items() if not n.startswith("_")})
-    if name not in globals():
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return globals()[name]
-
-
-def __dir__() -> list[str]:
-    __getattr__("MoE")
-    return sorted(globals())
-
-
-sys.modules[__name__].__class__ = _Package
+from moe_jax.activations import GPT_OSS_ACTIVATION as GPT_OSS_ACTIVATION
+from moe_jax.activations import Activation as Activation
+from moe_jax.balanced import balanced_assignment as balanced_assignment
+from moe_jax.balanced import route_balanced as route_balanced
+from moe_jax.dispatch import DispatchReport as DispatchReport
+from moe_jax.dispatch import choose_algorithm as choose_algorithm
+from moe_jax.experts import MLP as MLP
+from moe_jax.experts import DynamicNVFP4 as DynamicNVFP4
+from moe_jax.experts import Expert as Expert
+from moe_jax.experts import GatedMLP as GatedMLP
+from moe_jax.experts import GptOssMLP as GptOssMLP
+from moe_jax.experts import Identity as Identity
+from moe_jax.experts import QuantizedGatedMLP as QuantizedGatedMLP
+from moe_jax.experts import StaticFP8 as StaticFP8
+from moe_jax.experts import T5FeedForward as T5FeedForward
+from moe_jax.experts.prepare import prepare_experts as prepare_experts
+from moe_jax.experts.prepare import restore_experts as restore_experts
+from moe_jax.layer import MoE as MoE
+from moe_jax.layer import MoEConfig as MoEConfig
+from moe_jax.layer import RouterStatistics as RouterStatistics
+from moe_jax.losses import load_balance_loss as load_balance_loss
+from moe_jax.losses import router_z_loss as router_z_loss
+from moe_jax.mixture_of_experts import fused_experts as fused_experts
+from moe_jax.mixture_of_experts import mixture_of_experts as mixture_of_experts
+from moe_jax.norms import Norm as Norm
+from moe_jax.quantization import BlockScaled as BlockScaled
+from moe_jax.quantization import PackedIntegers as PackedIntegers
+from moe_jax.quantization import PackedNVFP4 as PackedNVFP4
+from moe_jax.quantization import TiledMXFP4 as TiledMXFP4
+from moe_jax.quantization import dequantize_mxfp4 as dequantize_mxfp4
+from moe_jax.quantization import fake_quantize_mxfp4 as fake_quantize_mxfp4
+from moe_jax.quantization import quantize_integers as quantize_integers
+from moe_jax.quantization import quantize_mxfp4 as quantize_mxfp4
+from moe_jax.quantization import quantize_nvfp4 as quantize_nvfp4
+from moe_jax.quantization import tile_mxfp4 as tile_mxfp4
+from moe_jax.routing import Router as Router
+from moe_jax.routing import Routing as Routing
+from moe_jax.routing import route as route
+from moe_jax.sharding import SHARDING_RULES as SHARDING_RULES
+from moe_jax.sharding import Sharding as Sharding
+from moe_jax.sharding import choose_communication as choose_communication
+from moe_jax.sharding import make_mesh as make_mesh
+from moe_jax.tagged import Tagged as Tagged
+from moe_jax.tagged import tag as tag

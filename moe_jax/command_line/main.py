@@ -11,6 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
+import jax
+
 from moe_jax.command_line.options import FORMATS, MODES, ReadOptions, WriteOptions
 
 _DESCRIPTION = "Mixture-of-experts layers in files: what they hold, and one format from another."
@@ -29,9 +31,9 @@ class _Parser(argparse.ArgumentParser):
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command; returns its exit status."""
     arguments = _parser().parse_args(argv)
-    if "jax" not in sys.modules:
+    if jax.config.jax_platforms is None:
         # the check needs float32 throughout, and no accelerator's memory
-        os.environ.setdefault("JAX_PLATFORMS", "cpu")
+        jax.config.update("jax_platforms", "cpu")
     try:
         return arguments.run(arguments)
     except BrokenPipeError:
