@@ -32,7 +32,12 @@ PLAIN = {
     "gelu_tanh": gelu_tanh,
 }
 WEIGHT = ("expert", "out", "in")
-GATES = {"geglu": gelu, "geglu_tanh": gelu_tanh, "reglu": PLAIN["relu"]}
+GATES = {
+    "geglu": gelu,
+    "geglu_tanh": gelu_tanh,
+    "reglu": PLAIN["relu"],
+    "bilinear": PLAIN["identity"],
+}
 
 
 ours = nnx.jit(lambda layer, x: layer(x))

@@ -5,7 +5,10 @@ import sys
 
 import pytest
 
-UNWANTED = ("triton", "jax_triton", "tokenizers", "optax", "huggingface_hub", "torch", "tqdm")
+UNWANTED = (
+    *("triton", "jax_triton", "tokenizers", "optax", "huggingface_hub", "torch", "tqdm"),
+    *("onnx", "onnxruntime", "openvino", "scipy"),
+)
 
 
 def run(code: str) -> str:
@@ -78,5 +81,8 @@ def test_the_module_of_the_entry_can_be_imported_and_the_attribute_is_the_functi
 def test_every_public_name_is_there():
     import moe_jax
 
-    for name in ("mixture_of_experts", "fused_experts", "MoE", "tag", "route", "BlockScaled"):
+    names = ("mixture_of_experts", "fused_experts", "MoE", "tag", "route", "BlockScaled")
+    packed = ("PackedNVFP4", "PackedIntegers", "quantize_nvfp4", "quantize_integers")
+    quantized = ("QuantizedGatedMLP", "StaticFP8", "DynamicNVFP4")
+    for name in (*names, *packed, *quantized):
         assert callable(getattr(moe_jax, name))

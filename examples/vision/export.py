@@ -23,23 +23,22 @@ import numpy as np
 from flax import nnx
 from onnx import FunctionProto
 
+from moe_jax.formats.onnx import custom, dense
 from moe_jax.formats.onnx.common import AddLayer
-from moe_jax.formats.onnx.custom import add_custom, custom_moe_function, import_custom
-from moe_jax.formats.onnx.dense import add_dense, import_dense
 from moe_jax.formats.onnx.graph import save
 from vision.graph import to_onnx
 from vision.model import VisionConfig, VisionMoE
 
-add_custom_half = functools.partial(add_custom, expert_dtype="float16")
+add_custom_half = functools.partial(custom.add_custom, expert_dtype="float16")
 
 MODES: Mapping[str, tuple[AddLayer, Sequence[FunctionProto]]] = {
-    "custom": (add_custom, (custom_moe_function(),)),
-    "custom_half": (add_custom_half, (custom_moe_function(),)),
-    "dense": (add_dense, ()),
+    "custom": (custom.add_custom, (custom.custom_moe_function(),)),
+    "custom_half": (add_custom_half, (custom.custom_moe_function(),)),
+    "dense": (dense.add_dense, ()),
 }
 """How MoE layers are written, and what definitions the file carries."""
 
-READERS = {"custom": import_custom, "custom_half": import_custom, "dense": import_dense}
+READERS = {"custom": custom.read, "custom_half": custom.read, "dense": dense.read}
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -23,7 +23,7 @@ def moe_layers(model: nnx.Module) -> dict[str, MoE]:
     the path `moe`.
 
     Raises:
-        ValueError: there is none.
+        FormatError: there is none.
     """
     layers = {
         ".".join(map(str, path)) or "moe": module
@@ -31,26 +31,34 @@ def moe_layers(model: nnx.Module) -> dict[str, MoE]:
         if isinstance(module, MoE)
     }
     if not layers:
-        raise ValueError(f"{type(model).__name__} holds no moe_jax.MoE")
+        raise FormatError(f"{type(model).__name__} holds no moe_jax.MoE")
     return dict(sorted(layers.items()))
 
 
-def as_layers(layers: MoE | Mapping[str, MoE]) -> Mapping[str, MoE]:
-    """Layers by name; a single one is named `moe`.
+type Layers = MoE | Mapping[str, MoE] | nnx.Module
+"""What can be written: a layer, several by name, or a model, whose `MoE` inside are taken."""
+
+
+def as_layers(layers: Layers) -> Mapping[str, MoE]:
+    """Layers by name; a single one is named `moe`, those of a model by their paths.
 
     Raises:
         TypeError: something is not an `MoE`.
-        ValueError: there is none.
+        FormatError: there is none, or one has an empty name.
     """
-    named = layers if isinstance(layers, Mapping) else {"moe": layers}
+    named = moe_layers(layers) if isinstance(layers, nnx.Module) else layers
+    if not isinstance(named, Mapping):
+        raise TypeError(f"expected layers by name, got {type(layers).__name__}")
     for name, layer in named.items():
         if not isinstance(layer, MoE):
             raise TypeError(
                 f"expected moe_jax.MoE layers by name, got {type(layer).__name__} for {name!r}; "
                 f"moe_layers(model) finds those of a model"
             )
+        if not name:
+            raise FormatError("each of several layers needs a name")
     if not named:
-        raise ValueError("expected at least one layer, got none")
+        raise FormatError("expected at least one layer, got none")
     return named
 
 

@@ -16,6 +16,16 @@ from moe_jax.checkpoint import Checkpoint
 from moe_jax.safetensors_file import open_file, read_exactly, read_header
 
 
+def tensor_names(path: str | os.PathLike[str]) -> list[str]:
+    """The names of the tensors in a safetensors file or folder.
+
+    Raises:
+        CheckpointError: a file is missing or damaged.
+    """
+    path = Path(path)
+    return list(Checkpoint.open(path).tensors if path.is_dir() else read_header(path))
+
+
 def load_tensors(path: str | os.PathLike[str], prefix: str = "") -> dict[str, np.ndarray]:
     """The tensors whose names begin with `prefix`, from a safetensors file or folder.
 

@@ -5,24 +5,28 @@ A state dict maps names to tensors; here the tensors are NumPy arrays, or anythi
 other settings, replace its fields.
 
     layout = dataclasses.replace(MIXTRAL, router=Router(order="before_top_k"))
-    layer = import_state(load_tensors("model.safetensors", prefix), layout, experts_per_token=2)
+    layers = read("model.safetensors", layout, experts_per_token=2)     # by their paths
+    layer = import_state(state, layout, experts_per_token=2, prefix="layers.0.mlp.")
 
 A state dict holds neither the number of experts a token has nor an activation: these come from the
 caller and from the layout.
 """
 
 import dataclasses
+import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from safetensors.numpy import save_file
 
 from moe_jax.activations import GPT_OSS_ACTIVATION, Activation
 from moe_jax.experts.layers import MLP, GatedMLP, GptOssMLP
 from moe_jax.formats.errors import FormatError
-from moe_jax.formats.modules import check_sayable, experts_of
+from moe_jax.formats.modules import Layers, as_layers, check_sayable, experts_of
 from moe_jax.formats.tensors import load_tensors as load_tensors
+from moe_jax.formats.tensors import tensor_names
 from moe_jax.formats.tensors import to_numpy as to_numpy
 from moe_jax.formats.tensors import to_torch as to_torch
 from moe_jax.layer import MoE
@@ -135,6 +139,49 @@ MIXTRAL_CHECKPOINT = Layout(
 """Mixtral's checkpoints, and the block of transformers 4: tensors for each expert."""
 
 
+def read(path: str | os.PathLike[str], layout: Layout, *, experts_per_token: int) -> dict[str, MoE]:
+    """The layers in a safetensors file or folder, by the paths at which they lie.
+
+    A layer lies wherever there is a router of the layout's name; one that lies at the top, without
+    a path, is named `moe`.
+
+    Raises:
+        CheckpointError: a file is missing or damaged.
+        FormatError: there is no layer, or one is not of the layout; see `import_state`.
+        ValueError: `experts_per_token` is not between 1 and the number of experts.
+    """
+    names = tensor_names(path)
+    router = _router_name(layout)
+    prefixes = [n.removesuffix(router) for n in names if f".{n}".endswith(f".{router}")]
+    if not prefixes:
+        raise FormatError(f"{os.fspath(path)} has no tensor {router}, the router of the layout")
+    return {
+        prefix.removesuffix(".") or "moe": import_state(
+            load_tensors(path, prefix), layout, experts_per_token=experts_per_token, prefix=prefix
+        )
+        for prefix in sorted(prefixes)
+    }
+
+
+def write(path: str | os.PathLike[str], layers: Layers, layout: Layout) -> None:
+    """Writes layers to a safetensors file, each at the path that is its name.
+
+    Args:
+        path: of the file, which is replaced. Nothing is written where a layer is refused.
+        layers: one layer, which lies at the top, several by name, or a Flax model, of which the
+            `MoE` inside are taken.
+        layout: of them all.
+
+    Raises:
+        FormatError: a layer is not of the layout's kind; the message names its field.
+    """
+    state: dict[str, np.ndarray] = {}
+    for name, layer in as_layers(layers).items():
+        prefix = "" if isinstance(layers, MoE) else f"{name}."
+        state |= export_state(layer, layout, prefix=prefix)
+    save_file(state, path)
+
+
 def import_state(
     state: Mapping[str, Any], layout: Layout, *, experts_per_token: int, prefix: str = ""
 ) -> MoE:
@@ -195,9 +242,13 @@ def _names(part: Tensor, num_experts: int) -> list[str]:
     return [part.name.format(expert) for expert in range(num_experts)]
 
 
+def _router_name(layout: Layout) -> str:
+    return next(part.name for part in layout.tensors if part.fields == ("router_weight",))
+
+
 def _num_experts(state: Mapping[str, Any], layout: Layout, prefix: str) -> int:
     """How many experts the router has."""
-    name = next(part.name for part in layout.tensors if part.fields == ("router_weight",))
+    name = _router_name(layout)
     if name not in state:
         raise FormatError(f"there is no tensor {prefix}{name}, the router")
     shape = tuple(state[name].shape)

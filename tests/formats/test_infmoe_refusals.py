@@ -197,10 +197,13 @@ LAYERS = {
         replaced(wo=f32(np.ones((4, 3, 8)), "expert", "out", "in")),
         r"wo_weight must be a float32 array of shape \(4, 3, 7\), got .* \(4, 3, 8\)",
     ),
-    "router_bias": (lambda layer: remade(layer, router_bias=VECTOR), "router_bias must be None"),
+    "router_bias": (
+        lambda layer: remade(layer, router_bias=VECTOR),
+        "router_bias: this format has no place",
+    ),
     "selection_bias": (
         lambda layer: remade(layer, selection_bias=VECTOR),
-        "selection_bias must be None",
+        "selection_bias: this format has no place",
     ),
     "experts_per_token": (
         lambda layer: remade(layer, experts_per_token=2),
@@ -208,7 +211,7 @@ LAYERS = {
     ),
     "tokens_per_expert_ratio": (
         lambda layer: remade(layer, tokens_per_expert_ratio=1.5),
-        "tokens_per_expert_ratio must be None, got 1.5",
+        "tokens_per_expert_ratio=1.5",
     ),
     "router": (
         lambda layer: remade(layer, router=Router("sigmoid", "before_top_k")),

@@ -15,14 +15,14 @@ from onnx import helper, numpy_helper
 
 from moe_jax import MLP, Activation, MoE, Router, tag
 from moe_jax.formats import FormatError
-from moe_jax.formats.onnx.custom import custom_moe_function, export_custom, import_custom
+from moe_jax.formats.onnx import custom
 from moe_jax.formats.openvino.package import load_openvino
 from moe_jax.variables import value
 
 openvino = load_openvino()
 
 RUNTIME = f"onnxruntime {onnxruntime.__version__}"
-FUNCTION = custom_moe_function()
+FUNCTION = custom.custom_moe_function()
 DTYPES = {"float32": 1e-6, "float16": 5e-3}
 
 
@@ -32,7 +32,7 @@ def run(model: onnx.ModelProto, x: np.ndarray) -> np.ndarray:
 
 
 def runnable(layer: MoE, **options) -> onnx.ModelProto:
-    return export_custom(layer, functions=[FUNCTION], **options)
+    return custom.to_model(layer, functions=[FUNCTION], **options)
 
 
 def tokens(rng, dtype=np.float32, *, hidden: int = 4) -> np.ndarray:
@@ -60,7 +60,7 @@ def test_x1_the_node_matches_onnxruntime(dtype, router, rng, record_property):
 
 def test_x1_the_node_is_what_the_swin_exporter_writes(rng, record_property):
     layer = layer_oracle.gelu_layer(rng)
-    model = export_custom({"layers.0.blocks.1.mlp": layer}, expert_dtype="float16")
+    model = custom.to_model({"layers.0.blocks.1.mlp": layer}, expert_dtype="float16")
     (node,) = (n for n in model.graph.node if n.op_type == "CustomMoE")
     name = "layers.0.blocks.1.mlp"
     assert (node.domain, node.name) == ("trt.plugins", name)
@@ -113,7 +113,7 @@ def test_x1_inlined_the_node_matches_openvino(rng, record_property):
 
 
 def test_without_the_definition_onnxruntime_refuses_the_node(rng):
-    model = export_custom(layer_oracle.gelu_layer(rng))
+    model = custom.to_model(layer_oracle.gelu_layer(rng))
     with pytest.raises(Exception, match="CustomMoE"):
         onnxruntime.InferenceSession(model.SerializeToString())
 
@@ -122,12 +122,12 @@ def test_without_the_definition_onnxruntime_refuses_the_node(rng):
 def test_the_layer_comes_back_with_the_same_bits(dtype, rng):
     layer = layer_oracle.gelu_layer(rng, dtype=jnp.dtype(dtype))
     model = onnx.load_from_string(runnable(layer).SerializeToString())
-    layer_oracle.assert_same_layer(import_custom(model)["moe"], layer)
+    layer_oracle.assert_same_layer(custom.read(model)["moe"], layer)
 
 
 def test_experts_of_half_precision_keep_the_router(rng):
     layer = layer_oracle.gelu_layer(rng)
-    back = import_custom(export_custom(layer, expert_dtype="float16"))["moe"]
+    back = custom.read(custom.to_model(layer, expert_dtype="float16"))["moe"]
     assert back.experts.tree().up.dtype == jnp.float16
     np.testing.assert_array_equal(
         value(back.router_weight).array, value(layer.router_weight).array, strict=True
@@ -139,7 +139,7 @@ def test_trap_3_square_weights_keep_their_orientation(rng, record_property):
     x = tokens(rng)
     model = runnable(layer)
     assert relative(run(model, x), layer_oracle.evaluate(layer, x)) < 1e-6
-    layer_oracle.assert_same_layer(import_custom(model)["moe"], layer)
+    layer_oracle.assert_same_layer(custom.read(model)["moe"], layer)
     record_property("trap", "3")
 
 
@@ -148,7 +148,7 @@ def test_trap_4_the_node_is_the_gelu_of_erf(rng, record_property):
     experts = dataclasses.replace(layer.experts.tree(), activation=Activation("gelu_tanh"))
     other = MoE(experts, value(layer.router_weight), experts_per_token=2)
     with pytest.raises(FormatError, match="activation=.*gelu_tanh.*erf"):
-        export_custom(other)
+        custom.to_model(other)
     x = 3 * tokens(rng)
     y = run(runnable(layer), x)
     assert relative(y, layer_oracle.evaluate(layer, x)) < 1e-6
@@ -249,7 +249,7 @@ def test_x1_random_layers_match_onnxruntime_or_are_refused(record_property):
         layer, x, wrong = case
         if wrong:
             with pytest.raises(FormatError, match=wrong):
-                export_custom(layer)
+                custom.to_model(layer)
             return
         found = errors[str(x.dtype)]
         found.append(relative(run(runnable(layer), x), layer_oracle.evaluate(layer, x)))
@@ -272,9 +272,9 @@ def test_the_plugins_limits(rng):
     layer = big_layer(rng, 128, 8)
     assert relative(run(runnable(layer), x), layer_oracle.evaluate(layer, x)) < 1e-6
     with pytest.raises(FormatError, match="num_experts=129.*128"):
-        export_custom(big_layer(rng, 129, 8))
+        custom.to_model(big_layer(rng, 129, 8))
     with pytest.raises(FormatError, match="experts_per_token=9.*8"):
-        export_custom(big_layer(rng, 128, 9))
+        custom.to_model(big_layer(rng, 128, 9))
 
 
 def test_packed_experts_are_refused(rng):
@@ -286,16 +286,16 @@ def test_packed_experts_are_refused(rng):
         layer_oracle.bias(rng, jnp.float32, 5, 32),
     )
     with pytest.raises(FormatError, match="up is BlockScaled.*dequantize"):
-        export_custom(layer_oracle.moe(rng, experts, 5, 32, 2))
+        custom.to_model(layer_oracle.moe(rng, experts, 5, 32, 2))
 
 
 def test_numbers_beyond_half_precision_are_refused(rng):
     layer = layer_oracle.gelu_layer(rng)
     layer.experts.leaves["down_bias"][...] = jnp.full((5, 4), 1e5)
     with pytest.raises(FormatError, match="b2 holds numbers.*float16"):
-        export_custom(layer, expert_dtype="float16")
+        custom.to_model(layer, expert_dtype="float16")
     with pytest.raises(FormatError, match="expert_dtype must be"):
-        export_custom(layer, expert_dtype="int8")
+        custom.to_model(layer, expert_dtype="int8")
 
 
 def damage_attribute(name: str, given):
@@ -344,18 +344,18 @@ def drop_input(model: onnx.ModelProto) -> None:
     ],
 )
 def test_a_damaged_node_is_refused(damage, message, rng, record_property):
-    model = export_custom(layer_oracle.gelu_layer(rng))
+    model = custom.to_model(layer_oracle.gelu_layer(rng))
     damage(model)
     with pytest.raises(FormatError, match=message):
-        import_custom(model)
+        custom.read(model)
     record_property("bad_input", "attributes and shapes of a node that do not agree")
 
 
 def test_a_file_without_such_nodes_is_refused(rng, tmp_path):
-    model = export_custom(layer_oracle.gelu_layer(rng))
+    model = custom.to_model(layer_oracle.gelu_layer(rng))
     path = tmp_path / "layer.onnx"
     onnx.save(model, path)
-    assert list(import_custom(path)) == ["moe"]
+    assert list(custom.read(path)) == ["moe"]
     model.graph.node[0].op_type = "Other"
     with pytest.raises(FormatError, match="no trt.plugins.CustomMoE"):
-        import_custom(model)
+        custom.read(model)

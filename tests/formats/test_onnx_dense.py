@@ -16,7 +16,7 @@ from onnx import numpy_helper
 
 from moe_jax import MLP, Activation, GatedMLP, MoE, Router, tag
 from moe_jax.formats import FormatError
-from moe_jax.formats.onnx.dense import export_dense, import_dense
+from moe_jax.formats.onnx import dense
 from moe_jax.formats.openvino.package import load_openvino
 from moe_jax.variables import value
 
@@ -64,7 +64,7 @@ def test_x2_every_activation_matches(kind, runtime, rng, record_property):
     make, activation = KINDS[kind]
     layer = layer_oracle.moe(rng, make(rng, 5, 4, 7, activation), 5, 4, 2)
     x = tokens(rng)
-    error = relative(RUNTIMES[runtime](export_dense(layer), x), layer_oracle.evaluate(layer, x))
+    error = relative(RUNTIMES[runtime](dense.to_model(layer), x), layer_oracle.evaluate(layer, x))
     assert error < 1e-6
     record_property("row", "E2" if kind == "gelu" else "X2")
     record_property("error", error)
@@ -88,7 +88,7 @@ def test_r1_r2_r3_r7_routers_match(row, runtime, rng, record_property):
         options["selection_bias"] = tag(layer_oracle.random_array(rng, jnp.float32, 6), "expert")
     layer = layer_oracle.moe(rng, experts, 6, 4, 2, **options)
     x = tokens(rng)
-    error = relative(RUNTIMES[runtime](export_dense(layer), x), layer_oracle.evaluate(layer, x))
+    error = relative(RUNTIMES[runtime](dense.to_model(layer), x), layer_oracle.evaluate(layer, x))
     assert error < 1e-6
     record_property("row", row)
     record_property("error", error)
@@ -106,12 +106,12 @@ def test_x2_random_layers_match_onnxruntime_or_are_refused(record_property):
     def check(case, wrong):
         layer, x = case
         if not wrong or not hasattr(layer.experts.tree(), "down"):
-            y = run(export_dense(layer), x)
+            y = run(dense.to_model(layer), x)
             errors.append(relative(y, layer_oracle.evaluate(layer, x)))
             assert errors[-1] < 1e-6
             return
         with pytest.raises(FormatError, match=wrong):
-            export_dense(damaged(layer, wrong))
+            dense.to_model(damaged(layer, wrong))
 
     check()
     record_property("row", "X2")
@@ -147,7 +147,7 @@ def test_x2_random_layers_match_openvino(record_property):
     @given(layer_oracle.layers())
     def check(case):
         layer, x = case
-        y = run_openvino(export_dense(layer), x)
+        y = run_openvino(dense.to_model(layer), x)
         errors.append(relative(y, layer_oracle.evaluate(layer, x)))
         assert errors[-1] < 1e-5
 
@@ -163,20 +163,22 @@ def test_layers_of_any_float_come_back_with_the_same_bits(case):
     layer, x = case
     expected = layer_oracle.evaluate(layer, x)
     for dtype, tolerance in {"float32": 2e-6, "float16": 1e-2}.items():
-        model = export_dense(layer, dtype=dtype)
+        model = dense.to_model(layer, dtype=dtype)
         assert relative(run(model, x.astype(dtype)), expected) < tolerance
         read = onnx.load_from_string(model.SerializeToString())
-        layer_oracle.assert_same_layer(import_dense(read)["moe"], layer)
+        layer_oracle.assert_same_layer(dense.read(read)["moe"], layer)
 
 
 def test_the_layer_itself_computes_the_same(rng):
     layer = layer_oracle.gelu_layer(rng)
     x = tokens(rng)
-    np.testing.assert_allclose(run(export_dense(layer), x), layer_oracle.ours(layer, x), atol=1e-6)
+    np.testing.assert_allclose(
+        run(dense.to_model(layer), x), layer_oracle.ours(layer, x), atol=1e-6
+    )
 
 
 def test_only_standard_operators_are_used(rng):
-    model = export_dense(layer_oracle.gelu_layer(rng))
+    model = dense.to_model(layer_oracle.gelu_layer(rng))
     assert {node.domain for node in model.graph.node} == {""}
     assert [(o.domain, o.version) for o in model.opset_import] == [("", 17)]
     onnx.checker.check_model(model, full_check=True)
@@ -186,9 +188,9 @@ def test_trap_3_square_weights_keep_their_orientation(rng, record_property):
     experts = layer_oracle.gated(rng, 5, 4, 4, Activation("swiglu"))
     layer = layer_oracle.moe(rng, experts, 5, 4, 2)
     x = tokens(rng)
-    model = export_dense(layer)
+    model = dense.to_model(layer)
     assert relative(run(model, x), layer_oracle.evaluate(layer, x)) < 1e-6
-    layer_oracle.assert_same_layer(import_dense(model)["moe"], layer)
+    layer_oracle.assert_same_layer(dense.read(model)["moe"], layer)
     record_property("trap", "3")
 
 
@@ -201,14 +203,14 @@ def test_weights_with_other_orders_of_axes_are_the_same_layer(rng):
         down=experts.down.order("out", "in", "expert"),
     )
     other = MoE(turned, value(layer.router_weight).order("d", "expert"), experts_per_token=2)
-    assert export_dense(other) == export_dense(layer)
+    assert dense.to_model(other) == dense.to_model(layer)
 
 
 def test_trap_5_of_equal_logits_the_lowest_expert_is_chosen(rng, record_property):
     layer = layer_oracle.gelu_layer(rng)
     layer.router_weight[...] = jnp.zeros((5, 4))
     x = tokens(rng)
-    y = run(export_dense(layer), x)
+    y = run(dense.to_model(layer), x)
     assert relative(y, layer_oracle.evaluate(layer, x)) < 1e-6
     np.testing.assert_allclose(y, layer_oracle.ours(layer, x), atol=1e-6)
     record_property("trap", "5")
@@ -226,7 +228,7 @@ EMPTY = {
 def test_no_tokens_are_no_tokens(name, rng, record_property):
     layer = layer_oracle.gelu_layer(rng, **EMPTY[name])
     x = np.zeros((2, 0, 4), np.float32)
-    assert run(export_dense(layer), x).shape == x.shape
+    assert run(dense.to_model(layer), x).shape == x.shape
     record_property("bad_input", "no tokens")
 
 
@@ -237,7 +239,7 @@ def test_a_token_that_is_not_a_number_stays_alone(kind, rng, record_property):
     x = tokens(rng)
     expected = layer_oracle.evaluate(layer, x)
     x[1, 2] = np.nan
-    for y in (run(export_dense(layer), x), np.asarray(layer_oracle.ours(layer, x))):
+    for y in (run(dense.to_model(layer), x), np.asarray(layer_oracle.ours(layer, x))):
         assert np.isnan(y[1, 2]).all()
         np.testing.assert_allclose(y[0], expected[0], atol=1e-6)
     record_property("bad_input", "NaN in x")
@@ -248,7 +250,7 @@ def test_a_negative_linear_gating_gives_nan(rng):
     layer = layer_oracle.moe(rng, experts, 3, 4, 3, router=Router(score="linear", renormalize=True))
     layer.router_weight[...] = jnp.asarray([[1, 0, 0, 0], [2, 0, 0, 0], [0, 1, 0, 0]], jnp.float32)
     x = np.array([[[1, 1, 0, 0], [0, 0, 1, 0], [1, -1, 0, 0]]], np.float32)
-    for y in (run(export_dense(layer), x), np.asarray(layer_oracle.ours(layer, x))):
+    for y in (run(dense.to_model(layer), x), np.asarray(layer_oracle.ours(layer, x))):
         assert np.isfinite(y[0, 0]).all()
         np.testing.assert_array_equal(y[0, 1], 0)
         assert np.isnan(y[0, 2]).all()
@@ -259,7 +261,7 @@ def test_what_an_expert_overflows_to_counts_only_where_it_was_chosen(rng):
     layer.experts.leaves["down"][...] = layer.experts.leaves["down"][...].at[4].set(6e4)
     layer.experts.leaves["up_bias"][...] = jnp.full((5, 7), 2, jnp.float16)
     layer.router_weight[...] = jnp.zeros((5, 4))
-    y = run(export_dense(layer, dtype="float16"), tokens(rng, np.float16))
+    y = run(dense.to_model(layer, dtype="float16"), tokens(rng, np.float16))
     assert np.isfinite(y).all()
 
 
@@ -272,21 +274,21 @@ class Module(nnx.Module):
 
 def test_experts_that_are_not_known_are_refused(rng):
     with pytest.raises(FormatError, match="Flax module Module"):
-        export_dense(layer_oracle.moe(rng, Module(), 5, 4, 2))
+        dense.to_model(layer_oracle.moe(rng, Module(), 5, 4, 2))
     with pytest.raises(FormatError, match="experts are .*known are Identity, MLP"):
-        export_dense(layer_oracle.moe(rng, {"a": jnp.zeros((5, 3))}, 5, 4, 2))
+        dense.to_model(layer_oracle.moe(rng, {"a": jnp.zeros((5, 3))}, 5, 4, 2))
 
 
 def test_packed_and_unusual_weights_are_refused(rng):
     packed, _ = layer_oracle.random_mxfp4(rng, 5, 7, 1)
     experts = MLP(packed, layer_oracle.weight(rng, jnp.float32, 5, 32, 7))
     with pytest.raises(FormatError, match="up is BlockScaled.*dequantize"):
-        export_dense(layer_oracle.moe(rng, experts, 5, 32, 2))
+        dense.to_model(layer_oracle.moe(rng, experts, 5, 32, 2))
     layer = layer_oracle.gelu_layer(rng, dtype=jnp.float8_e4m3fn)
     with pytest.raises(FormatError, match="up is float8_e4m3fn"):
-        export_dense(layer)
+        dense.to_model(layer)
     with pytest.raises(FormatError, match="dtype must be"):
-        export_dense(layer, dtype="bfloat16")
+        dense.to_model(layer, dtype="bfloat16")
 
 
 def test_contradicting_experts_are_refused(rng, record_property):
@@ -296,18 +298,18 @@ def test_contradicting_experts_are_refused(rng, record_property):
         activation=Activation("geglu"),
     )
     with pytest.raises(FormatError, match="up has 7 outputs"):
-        export_dense(layer_oracle.moe(rng, odd, 5, 4, 2))
+        dense.to_model(layer_oracle.moe(rng, odd, 5, 4, 2))
     plain = layer_oracle.gated(rng, 5, 4, 7, Activation("swiglu"))
     plain = dataclasses.replace(plain, activation=Activation("gelu"))
     assert isinstance(plain, GatedMLP)
     with pytest.raises(FormatError, match="activation=.*gated"):
-        export_dense(layer_oracle.moe(rng, plain, 5, 4, 2))
+        dense.to_model(layer_oracle.moe(rng, plain, 5, 4, 2))
     uneven = dataclasses.replace(
         layer_oracle.gated(rng, 5, 4, 7, Activation("swiglu")),
         up=layer_oracle.weight(rng, jnp.float32, 5, 6, 4),
     )
     with pytest.raises(FormatError, match="up has 6 outputs"):
-        export_dense(layer_oracle.moe(rng, uneven, 5, 4, 2))
+        dense.to_model(layer_oracle.moe(rng, uneven, 5, 4, 2))
     record_property("bad_input", "fused width odd")
 
 
@@ -364,6 +366,6 @@ def with_other_number(model: onnx.ModelProto) -> onnx.ModelProto:
     ],
 )
 def test_a_changed_file_is_refused(damage, message, rng):
-    model = damage(export_dense(layer_oracle.gelu_layer(rng)))
+    model = damage(dense.to_model(layer_oracle.gelu_layer(rng)))
     with pytest.raises(FormatError, match=message):
-        import_dense(model)
+        dense.read(model)

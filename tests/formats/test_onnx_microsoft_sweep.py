@@ -18,7 +18,7 @@ REASONS = (
     "activation_type", "num_groups", "router_weights", "router score", "float_type", "block_size",
     "expert_weight_bits", "scale byte", "tokens_per_expert_ratio",
 )  # fmt: skip
-GATED = ("swiglu", "geglu", "geglu_tanh", "reglu")
+GATED = ("swiglu", "geglu", "geglu_tanh", "reglu", "bilinear")
 KINDS = ("relu", "silu", "identity", "gelu_tanh") * 2 + ("gelu",)
 LAYOUTS = ("interleaved", "interleaved_up_first", "concatenated", "concatenated_up_first")
 

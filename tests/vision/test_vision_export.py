@@ -11,8 +11,7 @@ from vision.graph import to_onnx
 from vision.model import VisionConfig, VisionMoE, windows
 
 from moe_jax.formats.modules import load_layers, moe_layers
-from moe_jax.formats.onnx.custom import add_custom, import_custom
-from moe_jax.formats.onnx.dense import add_dense, import_dense
+from moe_jax.formats.onnx import custom, dense
 from moe_jax.formats.openvino.package import load_openvino
 
 openvino = load_openvino()
@@ -62,7 +61,7 @@ def test_x1_x2_the_whole_model_matches_onnxruntime(
 
 def test_x2_the_dense_model_matches_openvino(model, images, logits, record_property):
     core = openvino.Core()
-    read = core.read_model(to_onnx(model, add_dense).SerializeToString())
+    read = core.read_model(to_onnx(model, dense.add_dense).SerializeToString())
     compiled = core.compile_model(read, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
     error = float(abs(compiled(images)[0] - logits).max())
     assert error < 1e-5
@@ -72,7 +71,7 @@ def test_x2_the_dense_model_matches_openvino(model, images, logits, record_prope
 
 
 @pytest.mark.parametrize(
-    ("add_moe", "read"), [(add_custom, import_custom), (add_dense, import_dense)]
+    ("add_moe", "read"), [(custom.add_custom, custom.read), (dense.add_dense, dense.read)]
 )
 def test_the_layers_go_into_another_model(add_moe, read, model):
     other = VisionMoE(CONFIG, nnx.Rngs(1))

@@ -17,6 +17,7 @@ from moe_jax.formats.infmoe.plugin import (
 )
 from moe_jax.formats.infmoe.sublayers import SUBLAYERS, Sublayer
 from moe_jax.formats.infmoe.weight_file import read_arrays, write_arrays
+from moe_jax.formats.modules import check_sayable
 from moe_jax.layer import MoE
 from moe_jax.mixture_of_experts import AlgorithmChoice
 from moe_jax.norms import Norm
@@ -87,6 +88,7 @@ def write_layer(
     Raises:
         FormatError: the layer has what InfMoE cannot say; the attribute is named.
     """
+    check_sayable(layer, "router", "remaining_weight", "router_norm_weight", "router_norm")
     name, experts = _sublayer_of(layer, sublayers)
     norm = sublayers[name].norm(experts)
     if norm is not None:
@@ -129,14 +131,6 @@ def _variant_of(layer: MoE, norm: Norm | None) -> str:
     config = layer.config
     if config.experts_per_token != 1:
         raise FormatError(f"InfMoE has experts_per_token=1, got {config.experts_per_token}")
-    if config.tokens_per_expert_ratio is not None:
-        raise FormatError(
-            f"InfMoE computes every token's expert: tokens_per_expert_ratio must be None, "
-            f"got {config.tokens_per_expert_ratio}"
-        )
-    for name in ("router_bias", "selection_bias"):
-        if getattr(layer, name) is not None:
-            raise FormatError(f"InfMoE chooses by centroids alone: {name} must be None")
     router_norm = layer.router_norm_weight is not None
     if router_norm:
         check_norm("router_norm", config.router_norm)

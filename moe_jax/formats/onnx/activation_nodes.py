@@ -76,5 +76,5 @@ _CURVES: Mapping[str, Callable[[Writer, str], str]] = {
     "gelu": _gelu,
     "gelu_tanh": _gelu_tanh,
 }
-_GATES = {"geglu": "gelu", "geglu_tanh": "gelu_tanh", "reglu": "relu"}
+_GATES = {"geglu": "gelu", "geglu_tanh": "gelu_tanh", "reglu": "relu", "bilinear": "identity"}
 _SPLITS = {"interleaved": _interleaved, "concatenated": _concatenated}

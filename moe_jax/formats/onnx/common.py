@@ -8,7 +8,7 @@ import numpy as np
 from onnx import FunctionProto, ModelProto
 
 from moe_jax.formats.errors import FormatError
-from moe_jax.formats.modules import as_layers
+from moe_jax.formats.modules import Layers, as_layers
 from moe_jax.formats.onnx.writer import Writer
 from moe_jax.layer import MoE
 from moe_jax.quantization.packed import is_packed
@@ -62,16 +62,16 @@ def hidden_size(layer: MoE) -> int:
 
 
 def layers_model(
-    layers: MoE | Mapping[str, MoE],
+    layers: Layers,
     add: AddLayer,
     dtype: Callable[[MoE], Any],
     functions: Sequence[FunctionProto] = (),
 ) -> ModelProto:
     """A model with each layer by itself, from input `NAME.x` to output `NAME.y`.
 
-    Both are {NAME.b, NAME.s, d}; a single layer that is given without a name has `x` and `y`.
+    Both are {NAME.b, NAME.s, d}; those of a layer alone, without a name, are `x` and `y`.
     """
-    prefixed = isinstance(layers, Mapping)
+    prefixed = not isinstance(layers, MoE)
     writer = Writer(np.dtype(np.float32))
     for name, layer in as_layers(layers).items():
         prefix = f"{name}." if prefixed else ""

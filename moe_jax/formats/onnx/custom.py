@@ -14,21 +14,22 @@ weights are divided by their sum, as that model trains, gives the same weights.
 Runtimes other than TensorRT do not know the operator. `custom_moe_function()` defines it in terms
 of standard operators, and onnxruntime runs models that carry this definition:
 
-    model = export_custom(layer, functions=[custom_moe_function()])
+    write("layer.onnx", layer, functions=[custom_moe_function()])
+    read("layer.onnx")              # {"moe": MoE}
 """
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
-from onnx import FunctionProto, ModelProto, parser
+from onnx import FunctionProto, ModelProto
 
 from moe_jax.activations import Activation
 from moe_jax.experts.layers import MLP
 from moe_jax.formats.errors import FormatError
-from moe_jax.formats.modules import check_sayable, experts_of
+from moe_jax.formats.modules import Layers, check_sayable, experts_of
 from moe_jax.formats.onnx import graph
 from moe_jax.formats.onnx.common import (
     FLOATS,
@@ -37,6 +38,7 @@ from moe_jax.formats.onnx.common import (
     layers_model,
     weight_of,
 )
+from moe_jax.formats.onnx.custom_function import custom_moe_function as custom_moe_function
 from moe_jax.formats.onnx.writer import Writer
 from moe_jax.layer import MoE
 from moe_jax.routing import Router
@@ -61,76 +63,25 @@ _ATTRIBUTES: dict[str, Any] = {
     "plugin_namespace": "",
 }
 
-_FUNCTION = """
-<opset_import: ["" : 17], domain: "trt.plugins">
-CustomMoE <top_k, num_experts, in_features, hidden_features,
-           activation, plugin_version, plugin_namespace>
-          (x, router_w, w1, b1, w2, b2) => (y)
-{
-    zeroth = Constant <value_ints: ints = [0]> ()
-    first = Constant <value_ints: ints = [1]> ()
-    second = Constant <value_ints: ints = [2]> ()
-    remaining = Constant <value_ints: ints = [-1]> ()
-    size = Constant <value_int: int = @in_features> ()
-    sizes = Unsqueeze (size, zeroth)
-    rows_shape = Concat <axis: int = 0> (remaining, sizes)
-    rows = Reshape (x, rows_shape)
 
-    rows_float = Cast <to: int = 1> (rows)
-    logits = Gemm <transB: int = 1> (rows_float, router_w)
-    count = Constant <value_int: int = @top_k> ()
-    counts = Unsqueeze (count, zeroth)
-    chosen_logits, ids = TopK <axis: int = -1> (logits, counts)
-    chosen_weights = Softmax <axis: int = -1> (chosen_logits)
-    logits_shape = Shape (logits)
-    no_weights = ConstantOfShape (logits_shape)
-    weights = ScatterElements <axis: int = -1> (no_weights, ids, chosen_weights)
-    weights_by_expert = Transpose <perm: ints = [1, 0]> (weights)
-    weight_columns = Unsqueeze (weights_by_expert, second)
+def write(
+    path: str | os.PathLike[str],
+    layers: Layers,
+    *,
+    expert_dtype: str | None = None,
+    functions: Sequence[FunctionProto] = (),
+    external_data: str | None = None,
+) -> None:
+    """Writes layers to an ONNX file; constants to a file `external_data` beside it, if named.
 
-    b1_rows = Unsqueeze (b1, first)
-    rows_once = Unsqueeze (rows, zeroth)
-    experts = Constant <value_int: int = @num_experts> ()
-    experts_size = Unsqueeze (experts, zeroth)
-    copies = Concat <axis: int = 0> (experts_size, first, first)
-    rows_copied = Tile (rows_once, copies)
-    products = MatMul (rows_copied, w1)
-    hidden = Add (products, b1_rows)
-    half_float = Constant <value_float: float = 0.5> ()
-    half = CastLike (half_float, x)
-    one_float = Constant <value_float: float = 1.0> ()
-    one = CastLike (one_float, x)
-    slope_float = Constant <value_float: float = 0.7071067811865476> ()
-    slope = CastLike (slope_float, x)
-    scaled = Mul (hidden, slope)
-    error = Erf (scaled)
-    gate = Add (error, one)
-    hidden_half = Mul (hidden, half)
-    activated = Mul (hidden_half, gate)
-    b2_rows = Unsqueeze (b2, first)
-    outputs = MatMul (activated, w2)
-    biased = Add (outputs, b2_rows)
-
-    biased_float = Cast <to: int = 1> (biased)
-    none = CastLike (zeroth, weight_columns)
-    unused = Equal (weight_columns, none)
-    weighted = Mul (biased_float, weight_columns)
-    used = Where (unused, none, weighted)
-    sum = ReduceSum <keepdims: int = 0> (used, zeroth)
-    sum_typed = CastLike (sum, x)
-    x_shape = Shape (x)
-    y = Reshape <allowzero: int = 1> (sum_typed, x_shape)
-}
-"""
+    The other arguments and the errors are those of `to_model`.
+    """
+    model = to_model(layers, expert_dtype=expert_dtype, functions=functions)
+    graph.save(model, path, external_data=external_data)
 
 
-def custom_moe_function() -> FunctionProto:
-    """The operator defined by standard ones: all experts on all tokens, weighed."""
-    return parser.parse_function(_FUNCTION)
-
-
-def export_custom(
-    layers: MoE | Mapping[str, MoE],
+def to_model(
+    layers: Layers,
     *,
     expert_dtype: str | None = None,
     functions: Sequence[FunctionProto] = (),
@@ -138,8 +89,8 @@ def export_custom(
     """A model with a node for each layer, from inputs `NAME.x` to outputs `NAME.y`.
 
     Args:
-        layers: one layer, whose input and output are `x` and `y`, or layers by name, such as
-            `moe_layers(model)` finds.
+        layers: one layer, whose input and output are `x` and `y`, several by name, or a Flax
+            model, of which the `MoE` inside are taken.
         expert_dtype: `float16` or `float32` rounds the experts' weights and biases to it; None
             keeps what they are. Inputs and outputs are of this dtype too; the router is float32.
         functions: definitions of operators that the file is to carry.
@@ -167,7 +118,7 @@ def add_custom(
         layer: the layer.
         x: the name of the tokens [..., D].
         name: of the node; initialisers are `NAME.router.weight`, `NAME.w1` and so on.
-        expert_dtype: see `export_custom`.
+        expert_dtype: see `to_model`.
 
     Raises:
         FormatError: the layer is not what the node computes, or beyond the plugin's limits.
@@ -194,7 +145,7 @@ def add_custom(
     return writer.cast(result, dtype, writer.dtype)
 
 
-def import_custom(source: str | os.PathLike[str] | ModelProto) -> dict[str, MoE]:
+def read(source: str | os.PathLike[str] | ModelProto) -> dict[str, MoE]:
     """The layers of a file's CustomMoE nodes by name.
 
     A layer's name is that of its initialiser `NAME.w1`, or else its node's.
@@ -218,7 +169,7 @@ def import_custom(source: str | os.PathLike[str] | ModelProto) -> dict[str, MoE]
 def _experts(layer: MoE) -> MLP:
     """The layer's experts. Raises FormatError where they are not gelu MLPs with biases."""
     experts = experts_of(layer)
-    if not isinstance(experts, MLP):
+    if type(experts) is not MLP:
         raise FormatError(
             f"the experts are {type(experts).__name__}: CustomMoE computes an MLP with gelu"
         )

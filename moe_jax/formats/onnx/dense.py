@@ -5,7 +5,10 @@ a matrix [tokens, experts] that is 0 where an expert was not chosen; the routing
 `moe_jax.route`, in float32. Weights are [expert, in, out] and biases [expert, out], in their own
 dtype, and are cast to that of the tokens.
 
-A file notes its layers in its metadata, so that `import_dense` reads them back bit for bit. It
+    write("layer.onnx", layer)      # an MoE, several by name, or a Flax model that holds some
+    read("layer.onnx")              # {"moe": MoE}
+
+A file notes its layers in its metadata, so that `read` reads them back bit for bit. It
 then writes them anew and compares, so that a file whose nodes were changed since is refused.
 """
 
@@ -21,7 +24,7 @@ from onnx import ModelProto
 
 from moe_jax.activations import Activation
 from moe_jax.formats.errors import FormatError
-from moe_jax.formats.modules import check_sayable, experts_of
+from moe_jax.formats.modules import Layers, check_sayable, experts_of
 from moe_jax.formats.onnx import graph
 from moe_jax.formats.onnx.common import WEIGHT_AXES, layers_model, weight_of
 from moe_jax.formats.onnx.expert_nodes import EXPERTS, add_experts
@@ -50,12 +53,26 @@ _PARTS = (
 )
 
 
-def export_dense(layers: MoE | Mapping[str, MoE], *, dtype: str = "float32") -> ModelProto:
+def write(
+    path: str | os.PathLike[str],
+    layers: Layers,
+    *,
+    dtype: str = "float32",
+    external_data: str | None = None,
+) -> None:
+    """Writes layers to an ONNX file; constants to a file `external_data` beside it, if named.
+
+    The other arguments and the errors are those of `to_model`.
+    """
+    graph.save(to_model(layers, dtype=dtype), path, external_data=external_data)
+
+
+def to_model(layers: Layers, *, dtype: str = "float32") -> ModelProto:
     """A model with the nodes of each layer, from inputs `NAME.x` to outputs `NAME.y`.
 
     Args:
-        layers: one layer, whose input and output are `x` and `y`, or layers by name, such as
-            `moe_layers(model)` finds.
+        layers: one layer, whose input and output are `x` and `y`, several by name, or a Flax
+            model, of which the `MoE` inside are taken.
         dtype: of inputs and outputs, `float32` or `float16`.
 
     Raises:
@@ -94,8 +111,8 @@ def add_dense(writer: Writer, layer: MoE, x: str, name: str) -> str:
     return result
 
 
-def import_dense(source: str | os.PathLike[str] | ModelProto) -> dict[str, MoE]:
-    """The layers that `export_dense` or `add_dense` wrote into a file, by name.
+def read(source: str | os.PathLike[str] | ModelProto) -> dict[str, MoE]:
+    """The layers that `to_model` or `add_dense` wrote into a file, by name.
 
     Raises:
         FormatError: there is none, or the nodes are not those that would be written for it.
@@ -161,7 +178,7 @@ def _description(layer: MoE, experts: Any) -> dict[str, Any]:
 def _layer(name: str, note: Mapping[str, Any], constants: Mapping[str, onnx.TensorProto]) -> MoE:
     """The layer that a note describes."""
 
-    def read(field: str, *axes: str) -> Tagged | None:
+    def optional(field: str, *axes: str) -> Tagged | None:
         tensor = constants.get(f"{name}.{field}")
         if tensor is None:
             return None
@@ -169,7 +186,7 @@ def _layer(name: str, note: Mapping[str, Any], constants: Mapping[str, onnx.Tens
         return weight_of(array) if "in" in axes else Tagged(jnp.asarray(array), axes)
 
     def needed(field: str, *axes: str) -> Tagged:
-        found = read(field, *axes)
+        found = optional(field, *axes)
         if found is None:
             raise KeyError(f"there is no constant {name}.{field}")
         return found
@@ -181,17 +198,17 @@ def _layer(name: str, note: Mapping[str, Any], constants: Mapping[str, onnx.Tens
     for part in EXPERTS[kind].matrices:
         fields[part.weight] = needed(f"experts.{part.weight}", *WEIGHT_AXES)
         if part.bias is not None:
-            fields[part.bias] = read(f"experts.{part.bias}", "expert", "out")
+            fields[part.bias] = optional(f"experts.{part.bias}", "expert", "out")
     for field in EXPERTS[kind].norm or ():
-        fields[field] = read(f"experts.{field}", "expert", "d")
+        fields[field] = optional(f"experts.{field}", "expert", "d")
     return MoE(
         kind(**fields),
         needed("router_weight", "expert", "d"),
-        read("router_bias", "expert"),
+        optional("router_bias", "expert"),
         experts_per_token=note["experts_per_token"],
         router=Router(**note["router"]),
-        selection_bias=read("selection_bias", "expert"),
-        router_norm_weight=read("router_norm_weight", "d"),
+        selection_bias=optional("selection_bias", "expert"),
+        router_norm_weight=optional("router_norm_weight", "d"),
         router_norm=Norm(**note["router_norm"]),
         remaining_weight=note["remaining_weight"],
     )

@@ -137,6 +137,9 @@ def load(source: str | os.PathLike[str] | ModelProto) -> ModelProto:
         raise FormatError(f"{os.fspath(source)} cannot be read as ONNX: {error}") from error
     if not model.HasField("graph"):
         raise FormatError(f"{os.fspath(source)} holds no ONNX graph")
+    for tensor in model.graph.initializer:
+        if tensor.data_location == TensorProto.DEFAULT:
+            tensor.ClearField("data_location")  # which is all that tells external data by now
     return model
 
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
 from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto
 
 from moe_jax.formats.errors import FormatError
+from moe_jax.formats.modules import Layers, as_layers, check_sayable, experts_of
 from moe_jax.formats.onnx.graph import Dimension, initialiser, model_of, node, save, value
 from moe_jax.formats.onnx.microsoft_experts import (
     ExpertMatrices,
@@ -34,13 +34,12 @@ from moe_jax.formats.onnx.microsoft_schema import (
 )
 from moe_jax.layer import MoE
 from moe_jax.tagged import Tagged, is_tagged
-from moe_jax.variables import Variables
 from moe_jax.variables import value as tagged_value
 
 
 def write(
     path: str | os.PathLike[str],
-    layers: MoE | Mapping[str, MoE] | nnx.Module,
+    layers: Layers,
     *,
     target: Target = CPU,
     token_axes: Sequence[Dimension] = ("tokens",),
@@ -56,7 +55,7 @@ def write(
 
 
 def to_model(
-    layers: MoE | Mapping[str, MoE] | nnx.Module,
+    layers: Layers,
     *,
     target: Target = CPU,
     token_axes: Sequence[Dimension] = ("tokens",),
@@ -82,10 +81,10 @@ def to_model(
     """
     if len(token_axes) not in (1, 2):
         raise FormatError(f"input has one or two token axes, got {len(token_axes)}")
-    named = {"": layers} if isinstance(layers, MoE) else _by_name(layers)
     whole = LayerGraph([], [], [], [])
-    for name, layer in named.items():
-        whole.extend(_layer(name, layer, target, [*token_axes], float_type))
+    for name, layer in as_layers(layers).items():
+        prefix = "" if isinstance(layers, MoE) else f"{name}."
+        whole.extend(_layer(name, prefix, layer, target, [*token_axes], float_type))
     return model_of(whole.nodes, whole.inputs, whole.outputs, whole.constants, {DOMAIN: VERSION})
 
 
@@ -112,32 +111,18 @@ class LayerGraph:
         self.constants.extend(other.constants)
 
 
-def _by_name(layers: Mapping[str, MoE] | nnx.Module) -> dict[str, MoE]:
-    if isinstance(layers, nnx.Module):
-        layers = {
-            ".".join(map(str, path)): part
-            for path, part in nnx.iter_modules(layers)
-            if isinstance(part, MoE)
-        }
-    if not layers:
-        raise FormatError("there is no MoE layer to write")
-    for name, layer in layers.items():
-        if not isinstance(layer, MoE):
-            raise TypeError(f"layer {name!r} must be an MoE, got {type(layer).__name__}")
-        if not name:
-            raise FormatError("each of several layers needs a name")
-    return dict(layers)
-
-
 def _layer(
-    name: str, layer: MoE, target: Target, token_axes: list[Dimension], float_type: Any
+    name: str,
+    prefix: str,
+    layer: MoE,
+    target: Target,
+    token_axes: list[Dimension],
+    float_type: Any,
 ) -> LayerGraph:
-    prefix = f"{name}." if name else ""
-    experts = _experts_of(layer)
+    check_sayable(layer, "router", "router_bias", "selection_bias")
+    experts = experts_of(layer)
     weight = tagged_value(layer.router_weight)
     num_experts, hidden_size = weight.size("expert"), weight.size("d")
-    if layer.config.tokens_per_expert_ratio is not None or layer.config.algorithm == "fixed_budget":
-        raise FormatError("the operators drop no tokens: tokens_per_expert_ratio must be None")
     dtype = _float_type(experts, float_type, target)
     matrices = to_matrices(experts, num_experts, hidden_size, dtype, target)
     quantized = matrices.bits > 0
@@ -163,7 +148,7 @@ def _layer(
         _positions(QMOE if quantized else MOE, inputs),
         [output],
         domain=DOMAIN,
-        name=name or "moe",
+        name=name,
         k=layer.config.experts_per_token,
         normalize_routing_weights=graph.normalize,
         **attributes,
@@ -176,12 +161,6 @@ def _layer(
     shape = [*token_axes, hidden_size]
     ends = [value(f"{prefix}{end}", dtype, shape) for end in "xy"]
     return LayerGraph(nodes, ends[:1], ends[1:], [*graph.constants, *constants])
-
-
-def _experts_of(layer: MoE) -> Any:
-    if isinstance(layer.experts, Variables):
-        return layer.experts.tree()
-    raise FormatError(f"the operators have no experts of type {type(layer.experts).__name__}")
 
 
 def _float_type(experts: Any, wanted: Any, target: Target) -> np.dtype[Any]:

@@ -4,16 +4,21 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
+from flax import nnx
+
 from moe_jax.experts.base import Expert
 from moe_jax.formats.errors import FormatError
 from moe_jax.formats.openvino.package import load_openvino
 from moe_jax.layer import MoE
 
 
-def write(path: str | os.PathLike[str], layers: Mapping[str, MoE | Expert]) -> None:
+def write(
+    path: str | os.PathLike[str],
+    layers: MoE | Expert | Mapping[str, MoE | Expert] | nnx.Module,
+) -> None:
     """Writes layers by name as one graph that OpenVINO fuses; see `model.to_model`.
 
-    A layer is a `MoE`, or experts alone. Experts are `GptOssMLP` or `GatedMLP` without biases, of
+    A layer is an `MoE`, or experts alone. Experts are `GptOssMLP` or `GatedMLP` without biases, of
     float32, float16 or bfloat16 weights, which are kept as they are. What does not change the
     result (`algorithm`, `sharding`) is not written.
 

@@ -15,33 +15,36 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from flax import nnx
 
 from moe_jax.experts.base import Expert
 from moe_jax.formats.errors import FormatError
+from moe_jax.formats.modules import experts_of, moe_layers
+from moe_jax.formats.openvino import parse
 from moe_jax.formats.openvino.experts_graph import combined_experts
 from moe_jax.formats.openvino.nodes import Node, integers, op, ov
 from moe_jax.formats.openvino.operation import from_experts
-from moe_jax.formats.openvino.parse import experts_of, layer_of, results_of_experts
 from moe_jax.formats.openvino.router_graph import routed
 from moe_jax.formats.openvino.same import check_same
 from moe_jax.layer import MoE
-from moe_jax.variables import Variables
 
 OUTPUT = ".output"
 CPU_FLOAT32 = {"INFERENCE_PRECISION_HINT": "f32"}
 """Compile for the CPU with these properties: by default it may compute in bfloat16."""
 
 
-def to_model(layers: Mapping[str, MoE | Expert]) -> Any:
+def to_model(layers: MoE | Expert | Mapping[str, MoE | Expert] | nnx.Module) -> Any:
     """An `openvino.Model` of layers by name.
+
+    A layer is an `MoE`, or experts alone. A single one is named `moe`; of a Flax model the `MoE`
+    inside are taken, by their paths.
 
     Raises:
         FormatError: there is no layer, or the graph cannot say one; names the field.
     """
-    if not layers:
-        raise FormatError("expected at least one layer, got none")
+    named = _by_name(layers)
     parameters, results = [], []
-    for name, layer in layers.items():
+    for name, layer in named.items():
         try:
             inputs, result = _layer_graph(name, layer)
         except FormatError as error:
@@ -81,8 +84,19 @@ def run_model(model: Any, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndar
     return {port.get_any_name(): np.array(array) for port, array in outputs.items()}
 
 
+def _by_name(layers: Any) -> Mapping[str, MoE | Expert]:
+    if isinstance(layers, nnx.Module):
+        return moe_layers(layers)
+    named = layers if isinstance(layers, Mapping) else {"moe": layers}
+    if not named:
+        raise FormatError("expected at least one layer, got none")
+    if not all(named):
+        raise FormatError("each of several layers needs a name")
+    return named
+
+
 def _num_experts(result: Node) -> int:
-    return results_of_experts(result).get_output_partial_shape(0)[0].get_length()
+    return parse.results_of_experts(result).get_output_partial_shape(0)[0].get_length()
 
 
 def _check_ids(name: str, ids: np.ndarray, num_experts: int) -> None:
@@ -101,7 +115,7 @@ def _check_ids(name: str, ids: np.ndarray, num_experts: int) -> None:
 
 def _read_layer(name: str, result: Node) -> MoE | Expert:
     try:
-        layer = layer_of(result, experts_of(result))
+        layer = parse.layer_of(result, parse.experts_of(result))
         check_same(result, _layer_graph(name, layer)[1])
     except (ValueError, RuntimeError) as error:
         # errors of the library and of OpenVINO, too: parts that do not fit together
@@ -111,7 +125,8 @@ def _read_layer(name: str, result: Node) -> MoE | Expert:
 
 def _layer_graph(name: str, layer: MoE | Expert) -> tuple[list[Node], Node]:
     """The parameters and the result of one layer."""
-    operation = from_experts(_experts(layer), order="alpha_is_limit")
+    experts = experts_of(layer) if isinstance(layer, MoE) else layer
+    operation = from_experts(experts, order="alpha_is_limit")
     hidden_size = operation.hidden_size
     x = _parameter(f"{name}.hidden_states", np.float32, hidden_size)
     flat = op.reshape(x, integers([-1, hidden_size]), False)
@@ -126,12 +141,6 @@ def _layer_graph(name: str, layer: MoE | Expert) -> tuple[list[Node], Node]:
     y = op.reshape(combined_experts(operation, flat, ids, weights), op.shape_of(x), False)
     y.output(0).set_names({name + OUTPUT})
     return inputs, op.result(y)
-
-
-def _experts(layer: MoE | Expert) -> Any:
-    if not isinstance(layer, MoE):
-        return layer
-    return layer.experts.tree() if isinstance(layer.experts, Variables) else layer.experts
 
 
 def _parameter(name: str, dtype: Any, last: int) -> Node:

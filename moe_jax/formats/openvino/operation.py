@@ -164,7 +164,7 @@ def from_experts(experts: Expert, *, order: AttributeOrder) -> MoeOperation:
     Raises:
         FormatError: the operation cannot say it; names the field.
     """
-    if isinstance(experts, GptOssMLP):
+    if type(experts) is GptOssMLP:
         names = ("gate_up", "gate_up_bias", "down", "down_bias")
         experts = _interleaved(experts)
         attributes = clamped_attributes(experts.activation, order)
@@ -204,7 +204,7 @@ def _interleaved(experts: GptOssMLP) -> GptOssMLP:
 
 def _checked_gated(experts: Expert) -> GatedMLP:
     """`GatedMLP` without biases; raises FormatError for anything else."""
-    if not isinstance(experts, GatedMLP):
+    if type(experts) is not GatedMLP:
         raise FormatError(
             f"experts={type(experts).__name__}: OpenVINO knows GptOssMLP (two matrices, biases, "
             f"clamp) and GatedMLP (three matrices)"

@@ -12,6 +12,7 @@ that an expert is barred, so all parameters must be finite.
 import numpy as np
 
 from moe_jax.formats.errors import FormatError
+from moe_jax.formats.modules import check_sayable
 from moe_jax.formats.openvino.nodes import Node, floats, integers, op, scalar, single
 from moe_jax.formats.openvino.operation import float_array
 from moe_jax.layer import MoE
@@ -58,18 +59,13 @@ def routed(layer: MoE, flat: Node, hidden_size: int) -> tuple[Node, Node]:
 
 
 def _check(layer: MoE) -> None:
-    config, router = layer.config, layer.config.router
+    check_sayable(layer, "router", "router_bias", "selection_bias")
+    router = layer.config.router
     if router.score not in SCORES:
         raise FormatError(f"router.score={router.score!r}: the graph knows {SCORES}")
     if router.num_groups != 1:
         raise FormatError(
             f"router.num_groups={router.num_groups}: the graph has no groups of experts, use 1"
-        )
-    if config.tokens_per_expert_ratio is not None or config.algorithm == "fixed_budget":
-        raise FormatError(
-            f"tokens_per_expert_ratio={config.tokens_per_expert_ratio}, "
-            f"algorithm={config.algorithm!r}: the graph computes every chosen pair. Use None, and "
-            f"another algorithm than fixed_budget"
         )
 
 
