@@ -130,8 +130,9 @@ def test_z04_linear_normalization_without_anything_left_is_zero_not_nan():
 
 
 @pytest.mark.usefixtures("fixed_budget")
-def test_z05_the_default_drops_nothing_and_a_ratio_of_zero_is_refused(rng):
+def test_z05_the_default_drops_nothing_and_a_ratio_of_zero_is_refused(rng, record_property):
     """The default ratio 0 gave a budget of 0 tokens."""
+    record_property("bad_input", "budget ratio")
     collapsed = np.tile(np.eye(1, 8, dtype=np.float32) * 9, (100, 1))
     x, gating = f32(np.ones((100, 1)), "s", "d"), f32(collapsed, "s", "expert")
     y, report = moe(ones(8), x, gating, experts_per_token=2, with_report=True)

@@ -6,8 +6,8 @@ Run by hand; tests only read the result. The stored file was made with Python 3.
     python3.11 -m venv goldens && goldens/bin/pip install torch==2.13.0 transformers==5.23.0
     goldens/bin/python tests/quantization/make_goldens_mxfp4.py
 
-Keys: `bfloat16` and `float32`, the bits [32, 256] of a weight [in, out] whose row `out` has the scale
-byte `out` and the codes 0 to 15, each in both halves of a byte; `versions`.
+Keys: `bfloat16` and `float32`, the bits [32, 256] of a weight [in, out] whose row `out` has the
+scale byte `out` and the codes 0 to 15, each in both halves of a byte; `versions`.
 """
 
 from pathlib import Path
