@@ -13,15 +13,16 @@ import core_oracle
 import jax.numpy as jnp
 import numpy as np
 import onnx
-import onnxruntime
+import onnxruntime_tools
 from flax import nnx
+from onnxruntime_tools import session as session
 
 import moe_jax
 from moe_jax import Router, tag
 from moe_jax.activations import Activation
 from moe_jax.quantization import PackedIntegers
 
-ORT = f"onnxruntime {onnxruntime.__version__}"
+ORT = onnxruntime_tools.VERSION
 
 PLAIN = {
     "identity": lambda x: x,
@@ -204,15 +205,6 @@ def random_layer(
     )
     numbers = {n: 0.0 if v is None else v.astype(np.float64) for n, v in vectors.items()}
     return Layer(ours, floats, {"weight": weight.astype(np.float64), **numbers})
-
-
-def session(model):
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 4  # errors are raised, and need not be printed too
-    options.intra_op_num_threads = 1
-    return onnxruntime.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
 
 
 def run(model, x):

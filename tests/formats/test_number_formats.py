@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-import onnxruntime
+import onnxruntime_tools
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
@@ -20,7 +20,7 @@ from moe_jax.quantization import (
 )
 from moe_jax.quantization.fp8 import to_fp8
 
-RUNTIME = f"onnxruntime {onnxruntime.__version__}"
+RUNTIME = onnxruntime_tools.VERSION
 EXPERTS, HIDDEN, INTERMEDIATE, TOKENS = 3, 64, 32, 5
 
 
@@ -38,12 +38,7 @@ def run(nodes, inputs, initializers=(), output_type=TensorProto.FLOAT):
         opset_imports=[helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)],
         ir_version=10,
     )
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    session = onnxruntime.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
-    return np.asarray(session.run(None, dict(inputs))[0])
+    return onnxruntime_tools.run(model, dict(inputs))
 
 
 def fp8_zero():

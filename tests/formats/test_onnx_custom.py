@@ -7,7 +7,7 @@ import layer_oracle
 import numpy as np
 import onnx
 import onnx.inliner
-import onnxruntime
+import onnxruntime_tools
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -21,14 +21,13 @@ from moe_jax.variables import value
 
 openvino = load_openvino()
 
-RUNTIME = f"onnxruntime {onnxruntime.__version__}"
+RUNTIME = onnxruntime_tools.VERSION
 FUNCTION = custom.custom_moe_function()
 DTYPES = {"float32": 1e-6, "float16": 5e-3}
 
 
 def run(model: onnx.ModelProto, x: np.ndarray) -> np.ndarray:
-    session = onnxruntime.InferenceSession(model.SerializeToString())
-    return session.run(None, {"x": x})[0]
+    return onnxruntime_tools.run(model, {"x": x})
 
 
 def runnable(layer: MoE, **options) -> onnx.ModelProto:
@@ -115,7 +114,7 @@ def test_x1_inlined_the_node_matches_openvino(rng, record_property):
 def test_without_the_definition_onnxruntime_refuses_the_node(rng):
     model = custom.to_model(layer_oracle.gelu_layer(rng))
     with pytest.raises(Exception, match="CustomMoE"):
-        onnxruntime.InferenceSession(model.SerializeToString())
+        onnxruntime_tools.session(model)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import layer_oracle
 import numpy as np
 import onnx
-import onnxruntime
+import onnxruntime_tools
 import pytest
 from flax import nnx
 from hypothesis import given, settings
@@ -22,7 +22,7 @@ from moe_jax.variables import value
 
 openvino = load_openvino()
 
-ORT = f"onnxruntime {onnxruntime.__version__}"
+ORT = onnxruntime_tools.VERSION
 OPENVINO = f"openvino {openvino.__version__.split('-')[0]}"
 KINDS = {
     **{kind: (layer_oracle.mlp, Activation(kind)) for kind in layer_oracle.PLAIN},
@@ -36,8 +36,7 @@ KINDS = {
 
 
 def run(model: onnx.ModelProto, x: np.ndarray) -> np.ndarray:
-    session = onnxruntime.InferenceSession(model.SerializeToString())
-    return session.run(None, {"x": x})[0]
+    return onnxruntime_tools.run(model, {"x": x})
 
 
 def run_openvino(model: onnx.ModelProto, x: np.ndarray) -> np.ndarray:

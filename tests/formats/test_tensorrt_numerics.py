@@ -4,7 +4,7 @@ import math
 
 import jax
 import numpy as np
-import onnxruntime
+import onnxruntime_tools
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 from sharding_tools import sharding
@@ -25,7 +25,7 @@ from moe_jax.formats import FormatError
 from moe_jax.formats.tensorrt import DataType, MoEActType
 from moe_jax.tagged import tag
 
-RUNTIME = f"onnxruntime {onnxruntime.__version__}"
+RUNTIME = onnxruntime_tools.VERSION
 ALGORITHMS = ("per_token", "dense", "grouped")
 
 
@@ -45,12 +45,7 @@ def run(nodes, inputs, tensors):
     )
     opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
     model = helper.make_model(graph, opset_imports=opsets, ir_version=10)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
-    session = onnxruntime.InferenceSession(
-        model.SerializeToString(), options, providers=["CPUExecutionProvider"]
-    )
-    return np.asarray(session.run(None, dict(inputs))[0])
+    return onnxruntime_tools.run(model, dict(inputs))
 
 
 def onnx_moe(layer, x, ids, scores):

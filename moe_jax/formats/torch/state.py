@@ -1,16 +1,4 @@
-"""MoE layers in the state dicts of PyTorch modules, read and written without PyTorch.
-
-A state dict maps names to tensors; here the tensors are NumPy arrays, or anything with PyTorch's
-`detach`, `cpu` and `numpy`. A `Layout` says which tensor holds what. It is data: for a model with
-other settings, replace its fields.
-
-    layout = dataclasses.replace(MIXTRAL, router=Router(order="before_top_k"))
-    layers = read("model.safetensors", layout, experts_per_token=2)     # by their paths
-    layer = import_state(state, layout, experts_per_token=2, prefix="layers.0.mlp.")
-
-A state dict holds neither the number of experts a token has nor an activation: these come from the
-caller and from the layout.
-"""
+"""Layers of state dicts, and back."""
 
 import dataclasses
 import os
@@ -21,122 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
-from moe_jax.activations import GPT_OSS_ACTIVATION, Activation
-from moe_jax.experts.layers import MLP, GatedMLP, GptOssMLP
+from moe_jax.activations import Activation
+from moe_jax.experts.layers import GatedMLP
 from moe_jax.formats.errors import FormatError
 from moe_jax.formats.modules import Layers, as_layers, check_sayable, experts_of
-from moe_jax.formats.tensors import load_tensors as load_tensors
-from moe_jax.formats.tensors import tensor_names
-from moe_jax.formats.tensors import to_numpy as to_numpy
-from moe_jax.formats.tensors import to_torch as to_torch
+from moe_jax.formats.torch.layouts import OUT_IN, Layout, Tensor
+from moe_jax.formats.torch.tensors import load_tensors, tensor_names, to_numpy
 from moe_jax.layer import MoE
-from moe_jax.routing import Router
 from moe_jax.tagged import Tagged
 from moe_jax.variables import value
 
 _FLOATS = ("float32", "float16", "bfloat16")
-
-
-@dataclasses.dataclass(frozen=True)
-class Tensor:
-    """What one name of a state dict holds.
-
-    Attributes:
-        name: the name; where each expert has a tensor of its own, `{}` stands for its number.
-        fields: `router_weight`, `router_bias`, or the experts' field; several fields lie one
-            after the other along `out`, equally long.
-        axes: the tensor's axes, without `expert` where each expert has a tensor of its own.
-    """
-
-    name: str
-    fields: tuple[str, ...]
-    axes: tuple[str, ...]
-
-    @property
-    def per_expert(self) -> bool:
-        """Whether each expert has a tensor of its own."""
-        return "{}" in self.name
-
-
-@dataclasses.dataclass(frozen=True)
-class Layout:
-    """The tensors of a kind of module, and what they do not say of the layer.
-
-    Attributes:
-        experts: the class of the experts.
-        activation: of the experts.
-        router: how the module routes.
-        tensors: what each name holds.
-    """
-
-    experts: type
-    activation: Activation
-    router: Router
-    tensors: tuple[Tensor, ...]
-
-
-_NORMALIZED = Router(order="before_top_k", renormalize=True)
-_ROUTER = ("expert", "d")
-_IN_OUT = ("expert", "in", "out")
-_OUT_IN = ("expert", "out", "in")
-_BIAS = ("expert", "out")
-
-DROPLESS = Layout(
-    MLP,
-    Activation("gelu"),
-    _NORMALIZED,
-    (
-        Tensor("router.weight", ("router_weight",), _ROUTER),
-        Tensor("w1", ("up",), _IN_OUT),
-        Tensor("b1", ("up_bias",), _BIAS),
-        Tensor("w2", ("down",), _IN_OUT),
-        Tensor("b2", ("down_bias",), _BIAS),
-    ),
-)
-"""A dropless layer of gelu MLPs around `torch.nn.functional.grouped_mm`, as a Swin model has."""
-
-GPT_OSS = Layout(
-    GptOssMLP,
-    GPT_OSS_ACTIVATION,
-    Router(),
-    (
-        Tensor("router.weight", ("router_weight",), _ROUTER),
-        Tensor("router.bias", ("router_bias",), ("expert",)),
-        Tensor("experts.gate_up_proj", ("gate_up",), _IN_OUT),
-        Tensor("experts.gate_up_proj_bias", ("gate_up_bias",), _BIAS),
-        Tensor("experts.down_proj", ("down",), _IN_OUT),
-        Tensor("experts.down_proj_bias", ("down_bias",), _BIAS),
-    ),
-)
-"""`GptOssMLP` of transformers. (The checkpoints of gpt-oss hold MXFP4 blocks [E, out, in].)"""
-
-_SILU = Activation("swiglu")
-_GATE = Tensor("gate.weight", ("router_weight",), _ROUTER)
-
-MIXTRAL = Layout(
-    GatedMLP,
-    _SILU,
-    _NORMALIZED,
-    (
-        _GATE,
-        Tensor("experts.gate_up_proj", ("gate", "up"), _OUT_IN),
-        Tensor("experts.down_proj", ("down",), _OUT_IN),
-    ),
-)
-"""`MixtralSparseMoeBlock` of transformers 5: one tensor for all experts."""
-
-MIXTRAL_CHECKPOINT = Layout(
-    GatedMLP,
-    _SILU,
-    _NORMALIZED,
-    (
-        _GATE,
-        Tensor("experts.{}.w1.weight", ("gate",), ("out", "in")),
-        Tensor("experts.{}.w3.weight", ("up",), ("out", "in")),
-        Tensor("experts.{}.w2.weight", ("down",), ("out", "in")),
-    ),
-)
-"""Mixtral's checkpoints, and the block of transformers 4: tensors for each expert."""
 
 
 def read(path: str | os.PathLike[str], layout: Layout, *, experts_per_token: int) -> dict[str, MoE]:
@@ -281,7 +164,7 @@ def _read(state: Mapping[str, Any], part: Tensor, num_experts: int) -> dict[str,
     if array.ndim != len(axes):
         raise FormatError(f"{part.name} must have the axes {axes}, got the shape {array.shape}")
     if "in" in axes:
-        array, axes = array.transpose([axes.index(a) for a in _OUT_IN]), _OUT_IN
+        array, axes = array.transpose([axes.index(a) for a in OUT_IN]), OUT_IN
     pieces = [array]
     if len(part.fields) > 1:
         place = axes.index("out")
