@@ -61,11 +61,13 @@ def read_cases(paths: Iterable[str]) -> list[Case]:
     """The tests that passed.
 
     Raises:
-        SystemExit: a test failed.
+        SystemExit: a test failed, or the file is not of a whole run in the family `xunit1`.
     """
     cases = []
     for path in paths:
         for test in ElementTree.parse(path).iter("testcase"):
+            if not test.get("file"):
+                raise SystemExit(f"{path} is not of a whole run with junit_family = xunit1")
             name = f"{test.get('file')}::{'::'.join(_scopes(test))}"
             if any(test.find(outcome) is not None for outcome in ("failure", "error")):
                 raise SystemExit(f"{path}: {name} failed; docs/systems.md is as it was")

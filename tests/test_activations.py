@@ -96,6 +96,8 @@ def test_the_clamp_has_no_gradient_outside():
         ({"kind": "geglu", "alpha": 1.702}, "alpha belongs to swiglu, got alpha=1.702"),
         ({"kind": "relu", "beta": 1.0}, "beta and limit belong to gated kinds, got beta=1.0"),
         ({"kind": "gelu", "limit": 7.0}, "beta and limit belong to gated kinds"),
+        ({"alpha": float("nan")}, "alpha must be finite, got nan"),
+        ({"beta": float("inf")}, "beta must be finite, got inf"),
         ({"limit": 0.0}, "limit must be positive or None, got 0.0"),
         ({"limit": float("nan")}, "limit must be positive or None, got nan"),
     ],

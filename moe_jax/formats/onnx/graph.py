@@ -41,6 +41,15 @@ def initialiser(name: str, array: Any) -> TensorProto:
         raise TypeError(f"ONNX has no constants of {array.dtype}, asked for {name!r}") from error
 
 
+def finite_cast(name: str, array: np.ndarray, dtype: Any) -> np.ndarray:
+    """Floats in `dtype`. Raises FormatError where numbers that are finite become infinite."""
+    with np.errstate(over="ignore"):
+        result = array.astype(dtype)
+    if (np.isfinite(array) & ~np.isfinite(result)).any():
+        raise FormatError(f"{name} holds numbers beyond {np.dtype(dtype).name}")
+    return result
+
+
 def data_type(dtype: Any) -> int:
     """The `TensorProto` type of a dtype. Raises TypeError where there is none."""
     try:
@@ -214,7 +223,9 @@ class Found:
         if made.op_type == "Transpose":
             return array.transpose(options.get("perm"))
         cast = array.astype(onnx.helper.tensor_dtype_to_np_dtype(options["to"]))
-        # what a cast keeps is the same number in the smaller type
+        if array.dtype.kind in "iub":
+            return cast
+        # what a cast of floats keeps is the same number in the smaller type
         kept = (cast.astype(array.dtype) == array) | (array != array)
         return array if kept.all() else cast
 
