@@ -29,9 +29,10 @@ Written by a script from what tests recorded:
     pytest -n auto --junitxml=systems.xml
     python docs/make_systems.py systems.xml
 
-- *proved*: a test compares this library with the software that is named, run in the test, or with
-  numbers that a committed script stored from it. An error is the largest difference of an output,
-  in most tests relative to the largest output.
+- *proved*: a test compares this library, or what it writes, with the software that is named: run in
+  the test, or by a committed script that stored its numbers. What no other software has is compared
+  with NumPy. An error is the largest difference of an output, in most tests relative to the largest
+  output.
 - *reference only*: no software of that system runs without its hardware; what it documents was
   stated again, or other software computed the same formula. Nothing here ran in TensorRT.
 - *GPU*: needs an NVIDIA GPU, and is not part of a CPU's tests. The error is that of a benchmark.

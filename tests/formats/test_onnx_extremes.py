@@ -80,12 +80,3 @@ def test_mxfp4_beside_other_integers_comes_back_as_integers(rng):
             for e in (back, mixed.experts.tree())
         )
         np.testing.assert_array_equal(one, other)
-
-
-def test_integers_that_a_node_casts_are_the_floats_of_the_cast(rng):
-    graph = custom.graph
-    tensor = graph.initialiser("w", np.arange(6, dtype=np.int8).reshape(2, 3))
-    cast = graph.node("Cast", ["w"], ["floats"], to=graph.data_type(np.float32))
-    found = graph.Found(cast, {"w": tensor}, {"floats": cast}).constant_named("floats")
-    assert found.dtype == np.float32
-    np.testing.assert_array_equal(found, [[0, 1, 2], [3, 4, 5]])

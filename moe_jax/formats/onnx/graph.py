@@ -3,6 +3,7 @@
 import dataclasses
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -155,10 +156,22 @@ def load(source: str | os.PathLike[str] | ModelProto) -> ModelProto:
 def save(
     model: ModelProto, path: str | os.PathLike[str], *, external_data: str | None = None
 ) -> None:
-    """Writes a model; its constants to a file `external_data` beside it where that is named."""
+    """Writes a model; its constants to a file `external_data` beside it where that is named.
+
+    Both files are replaced.
+
+    Raises:
+        FormatError: `external_data` is not a file name, or is that of the model.
+    """
     if external_data is None:
         onnx.save_model(model, path)
         return
+    path = Path(path)
+    if Path(external_data).name != external_data or external_data in ("", "..", path.name):
+        raise FormatError(
+            f"external_data must be the name of a file beside {path.name}, got {external_data!r}"
+        )
+    (path.parent / external_data).unlink(missing_ok=True)  # onnx adds to a file that is there
     copy = ModelProto()
     copy.CopyFrom(model)  # onnx moves the constants out of the model it is given
     onnx.save_model(
