@@ -29,7 +29,7 @@ data = script("systems_data")
 make_systems = script("make_systems")
 
 
-def tests_of(cells):
+def cited_tests(cells):
     return re.findall(r"`(tests/[\w/]+\.py(?:::\w+)*)`", cells[-1])
 
 
@@ -44,20 +44,20 @@ def test_every_row_has_its_status_and_tests(row):
     assert (what, systems) == (row.what, row.systems)
     assert status == row.status if row.status else status.startswith("proved")
     assert row.status == "reference only" or errors
-    tests = tests_of(line_of(row.key, 2))
+    tests = cited_tests(line_of(row.key, 2))
     assert tests and set(row.tests) <= set(tests)
 
 
 @pytest.mark.parametrize("trap", data.TRAPS)
 def test_every_trap_has_tests(trap):
     cells = line_of(trap, 3)
-    assert cells[1] == data.TRAPS[trap] and tests_of(cells)
+    assert cells[1] == data.TRAPS[trap] and cited_tests(cells)
 
 
 @pytest.mark.parametrize("line", data.BAD_INPUTS, ids=lambda line: line.what)
 def test_every_bad_input_has_tests(line):
     cells = line_of(line.what, 3)
-    assert cells[1] == line.answer and tests_of(cells)
+    assert cells[1] == line.answer and cited_tests(cells)
 
 
 def test_the_data_is_complete():
@@ -69,19 +69,19 @@ def test_the_data_is_complete():
     assert {row.key for row in data.ROWS if row.status} == {"A6", "X5"}
 
 
-def names_in(node, prefix=""):
+def defined_tests(node, prefix=""):
     for child in node.body:
         if isinstance(child, ast.FunctionDef | ast.ClassDef):
             yield prefix + child.name
         if isinstance(child, ast.ClassDef):
-            yield from names_in(child, f"{prefix}{child.name}::")
+            yield from defined_tests(child, f"{prefix}{child.name}::")
 
 
 def test_every_test_that_is_named_exists():
-    named = {test for cells in CELLS for test in tests_of(cells)}
+    named = {test for cells in CELLS for test in cited_tests(cells)}
     assert len(named) > 100
     for file in {test.partition("::")[0] for test in named}:
-        there = {f"{file}::{name}" for name in names_in(ast.parse((ROOT / file).read_text()))}
+        there = {f"{file}::{name}" for name in defined_tests(ast.parse((ROOT / file).read_text()))}
         assert {test for test in named if test.startswith(f"{file}::")} <= there
 
 
