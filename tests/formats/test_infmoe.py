@@ -272,7 +272,7 @@ def random_layer(rng, choice) -> MoE:
     )
 
 
-def test_any_layer_is_written_so_that_infmoe_computes_it_or_refused(tmp_path):
+def test_random_layers_are_written_so_that_infmoe_computes_them_or_refused(tmp_path):
     path, outcomes = tmp_path / "any.npz", {True: 0, False: 0}
 
     @settings(max_examples=500, deadline=None, derandomize=True, database=None)
