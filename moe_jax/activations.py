@@ -10,6 +10,7 @@ sigmoid, `beta` is added to the linear lane, and `limit` clamps both lanes:
 """
 
 import dataclasses
+import math
 from typing import Literal
 
 import jax
@@ -85,6 +86,9 @@ class Activation:
                 f"beta and limit belong to gated kinds, got beta={self.beta}, "
                 f"limit={self.limit} with {self.kind!r}"
             )
+        for name in ("alpha", "beta"):
+            if not math.isfinite(getattr(self, name)):
+                raise ValueError(f"{name} must be finite, got {getattr(self, name)}")
         if self.limit is not None and not self.limit > 0:
             raise ValueError(f"limit must be positive or None, got {self.limit}")
 

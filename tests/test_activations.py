@@ -96,16 +96,21 @@ def test_the_clamp_has_no_gradient_outside():
         ({"kind": "geglu", "alpha": 1.702}, "alpha belongs to swiglu, got alpha=1.702"),
         ({"kind": "relu", "beta": 1.0}, "beta and limit belong to gated kinds, got beta=1.0"),
         ({"kind": "gelu", "limit": 7.0}, "beta and limit belong to gated kinds"),
+        ({"alpha": float("nan")}, "alpha must be finite, got nan"),
+        ({"beta": float("inf")}, "beta must be finite, got inf"),
         ({"limit": 0.0}, "limit must be positive or None, got 0.0"),
         ({"limit": float("nan")}, "limit must be positive or None, got nan"),
     ],
 )
-def test_refuses(arguments, message):
+def test_refuses(arguments, message, record_property):
+    if "one of" in message:
+        record_property("bad_input", "unknown activation")
     with pytest.raises(ValueError, match=message):
         Activation(**arguments)
 
 
-def test_refuses_what_does_not_fit():
+def test_refuses_what_does_not_fit(record_property):
+    record_property("bad_input", "fused width odd")
     with pytest.raises(ValueError, match="needs an even size of axis 'out', got 5"):
         Activation("swiglu")(f32(np.ones((2, 5)), "s", "out"))
     one = f32(np.ones((2, 4)), "s", "out")

@@ -75,7 +75,7 @@ def test_r5_balanced_assignment_reaches_the_optimum(rng, kind, record_property):
     np.testing.assert_array_equal(np.bincount(ids, minlength=6), 4)
     error = gap(scores, ids, 1e-5)
     record_property("row", "R5")
-    record_property("error", error)
+    record_property("error", float(error))
     record_property("with", "scipy.optimize.linear_sum_assignment")
 
 

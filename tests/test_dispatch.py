@@ -148,7 +148,8 @@ def test_token_budget_values():
 
 
 @pytest.mark.parametrize("ratio", [0, 0.0, -1.0, math.nan, math.inf, "1"])
-def test_token_budget_refuses(ratio):
+def test_token_budget_refuses(ratio, record_property):
+    record_property("bad_input", "budget ratio")
     with pytest.raises(ValueError, match="must be a positive number, got .* leave it None"):
         token_budget(64, 8, 2, ratio)
 
@@ -215,7 +216,7 @@ def test_fixed_budget_by_hand():
 
 
 @pytest.mark.parametrize("overflow", ["reroute", "drop"])
-def test_fixed_budget_values(rng, experts, overflow):
+def test_fixed_budget_values(rng, experts, overflow, record_property):
     x = rng.normal(size=(40, HIDDEN)).astype(np.float32)
     logits = (rng.normal(size=(40, EXPERTS)) + np.arange(EXPERTS)).astype(np.float32)
     y, report = moe(
@@ -231,14 +232,18 @@ def test_fixed_budget_values(rng, experts, overflow):
             weights = softmax(logits[t, kept])
             expected[t] = sum(w * experts(e, x[t]) for w, e in zip(weights, kept, strict=True))
     np.testing.assert_allclose(y.array, expected, rtol=5e-5, atol=5e-5)
+    record_property("row", "A4")
+    record_property("with", "NumPy float64")
+    record_property("error", float(np.abs(y.array - expected).max() / np.abs(expected).max()))
     assert int(report.dropped) == plan.dropped > 0
     assert int(report.rerouted) == plan.rerouted and (plan.rerouted > 0) == (overflow == "reroute")
 
 
 @pytest.mark.parametrize("overflow", ["reroute", "drop"])
 @pytest.mark.parametrize("k", [2, EXPERTS])
-def test_a_large_budget_equals_the_exact_algorithms(rng, experts, k, overflow):
+def test_a_large_budget_equals_the_exact_algorithms(rng, experts, k, overflow, record_property):
     x = rng.normal(size=(23, HIDDEN)).astype(np.float32)
+    error = 0.0
     for logits in gatings(rng, 23).values():
         y, report = moe(
             experts.ours(), f32(x, "s", "d"), f32(logits, "s", "expert"), experts_per_token=k,
@@ -248,6 +253,10 @@ def test_a_large_budget_equals_the_exact_algorithms(rng, experts, k, overflow):
         expected = combine(x, *route(logits, k, Router()), experts)
         np.testing.assert_allclose(y.array, expected, rtol=5e-5, atol=5e-5)
         assert [int(v) for v in jax.tree.leaves(report)] == [23 * k, 0, 0, 0]
+        error = max(error, float(np.abs(y.array - expected).max() / np.abs(expected).max()))
+    record_property("row", "A4")
+    record_property("with", "NumPy float64, room for all")
+    record_property("error", error)
 
 
 def test_fixed_budget_with_bias_and_before_top_k(rng, experts):
@@ -267,7 +276,10 @@ def test_fixed_budget_with_bias_and_before_top_k(rng, experts):
 
 
 @pytest.mark.parametrize("algorithm", [*EXACT, "fixed_budget"])
-def test_nan_shows_in_its_row_only(rng, experts, algorithm):
+def test_nan_shows_in_its_row_only(rng, experts, algorithm, record_property):
+    record_property("bad_input", "NaN in x or in a logit")
+    record_property("bad_input", "all -inf row")
+    record_property("trap", "6")
     x = rng.normal(size=(6, HIDDEN)).astype(np.float32)
     logits = rng.normal(size=(6, EXPERTS)).astype(np.float32)
     call = functools.partial(

@@ -124,7 +124,8 @@ def test_mask_of_several_axes(experts, ours, x, logits):
 
 
 @pytest.mark.parametrize("algorithm", ["auto", *EXACT, "fixed_budget"])
-def test_no_tokens(ours, algorithm):
+def test_no_tokens(ours, algorithm, record_property):
+    record_property("bad_input", "T=0")
     for shape in ((0,), (2, 0)):
         y, report = moe(
             ours, jnp.zeros((*shape, HIDDEN)), jnp.zeros((*shape, EXPERTS)), experts_per_token=K,
@@ -220,15 +221,22 @@ REFUSED = [
 ]
 
 
+BAD_INPUTS = {"experts_per_token": "K<1, K>E", "tokens_per_expert_ratio": "budget ratio"}
+
+
 @pytest.mark.parametrize(("change", "error", "message"), REFUSED)
-def test_refuses(ours, change, error, message):
+def test_refuses(ours, change, error, message, record_property):
+    name = BAD_INPUTS.get(next(iter(change)), "sizes, names or dtypes")
+    record_property("bad_input", "no experts" if "experts 0" in message else name)
     with pytest.raises(error, match=message):
         mixture_of_experts(ours, **{**ARGUMENTS, **change})
 
 
 @pytest.mark.parametrize("algorithm", ["auto", *EXACT])
-def test_fused_experts(rng, experts, ours, x, algorithm):
+def test_fused_experts(rng, experts, ours, x, algorithm, record_property):
     """Ids outside the experts add nothing, even with a bad score; ids named twice add twice."""
+    record_property("bad_input", "id < 0 or >= E")
+    record_property("bad_input", "duplicate ids in a row")
     ids = rng.integers(0, EXPERTS, (TOKENS, 3))
     scores = rng.normal(size=(TOKENS, 3)).astype(np.float32)
     ids[0] = [2, 2, 2]
@@ -268,7 +276,9 @@ def test_fused_experts_takes_bare_arrays_and_a_mask(rng, experts, ours, x):
         ({"algorithm": "magic"}, ValueError, "got 'magic'"),
     ],
 )
-def test_fused_experts_refuses(ours, change, error, message):
+def test_fused_experts_refuses(ours, change, error, message, record_property):
+    name = "float ids / int weights" if error is TypeError else "sizes, names or dtypes"
+    record_property("bad_input", name)
     arguments = {
         "hidden_states": f32(np.ones((4, HIDDEN)), "s", "d"),
         "selected_experts": jnp.zeros((4, 2), jnp.int32),
@@ -279,8 +289,12 @@ def test_fused_experts_refuses(ours, change, error, message):
         fused_experts(**{**arguments, **change})
 
 
-def test_transposed_weights_go_by_name_where_sizes_agree(rng):
+def test_transposed_weights_go_by_name_where_sizes_agree(rng, record_property):
     """hidden = intermediate: no size can tell a transposed matrix, its names can."""
+    record_property("row", "N1")
+    record_property("with", "unit tests")
+    record_property("trap", "3")
+    record_property("bad_input", "D==I weights given transposed")
     experts = TinyExperts.random(rng, EXPERTS, 5, 5)
     layer = experts.ours()
     moved = jax.tree.map(
@@ -305,7 +319,8 @@ def test_numpy_arrays_and_lists_are_taken(ours, x, logits, algorithm):
 
 
 @pytest.mark.parametrize("algorithm", EXACT)
-def test_integer_weights_are_refused(x, logits, algorithm):
+def test_integer_weights_are_refused(x, logits, algorithm, record_property):
+    record_property("bad_input", "float ids / int weights")
     weights = [tag(jnp.ones((EXPERTS, n, m), jnp.int8), "expert", "out", "in")
                for n, m in ((4, HIDDEN), (HIDDEN, 4))]  # fmt: skip
     with pytest.raises(TypeError, match="floats or packed, got int8"):

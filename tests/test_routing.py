@@ -61,7 +61,8 @@ def test_any_small_integers_with_ties(values, k, order, score, renormalize):
 
 
 @pytest.mark.parametrize("router", [Router(), Router(order="before_top_k")])
-def test_ties_go_to_the_lowest_index(router):
+def test_ties_go_to_the_lowest_index(router, record_property):
+    record_property("trap", "5")
     ids = moe_jax.route(f32(np.zeros((2, 7)), "s", "expert"), 3, router).ids
     np.testing.assert_array_equal(ids.array, [[0, 1, 2]] * 2)
 
@@ -142,8 +143,10 @@ def test_expert_scores(rng):
 
 @pytest.mark.parametrize("sign", [1.0, -1.0])
 @pytest.mark.parametrize("name", [n for n in ROUTERS if n != "linear"])
-def test_nan_stays_in_its_row(rng, name, sign):
+def test_nan_stays_in_its_row(rng, name, sign, record_property):
     """top_k ranks a NaN first or last, by its sign bit; the row must show it either way."""
+    record_property("trap", "6")
+    record_property("bad_input", "NaN logit / x")
     logits = rng.normal(size=(3, 12)).astype(np.float32)
     clean = moe_jax.route(f32(logits, "s", "expert"), 2, ROUTERS[name])
     logits[1, 5] = np.copysign(np.nan, sign)
@@ -153,7 +156,9 @@ def test_nan_stays_in_its_row(rng, name, sign):
 
 
 @pytest.mark.parametrize("name", ROUTERS)
-def test_a_row_of_minus_infinity_weighs_nothing_and_has_no_gradient(rng, name):
+def test_a_row_of_minus_infinity_weighs_nothing_and_has_no_gradient(rng, name, record_property):
+    record_property("trap", "6")
+    record_property("bad_input", "all -inf row")
     logits = np.abs(rng.normal(size=(3, 12))).astype(np.float32)
     logits[1] = -np.inf
 
@@ -221,7 +226,8 @@ def test_a_router_refuses(arguments, message):
         Router(**arguments)
 
 
-def test_route_refuses():
+def test_route_refuses(record_property):
+    record_property("bad_input", "K<1, K>E")
     logits = f32(np.zeros((2, 6)), "s", "expert")
     for k in (0, 7, -1):
         with pytest.raises(ValueError, match=f"between 1 and the number of experts 6, got {k}"):

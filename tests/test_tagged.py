@@ -113,8 +113,10 @@ def test_arithmetic_refuses_other_axes_other_sizes_and_bare_arrays(x):
                 operation(bare)
 
 
-def test_names_are_checked_where_sizes_agree():
+def test_names_are_checked_where_sizes_agree(record_property):
     """Three axes of one size: positions would multiply without complaint."""
+    record_property("row", "N1")
+    record_property("with", "unit tests")
     x, w = tag(array(3, 3), "s", "in"), tag(array(3, 3), "out", "in")
     with pytest.raises(ValueError, match="no axis 'in' among {in_, out}"):
         x.dot(w.rename(**{"in": "in_"}).order("in_", "out"), "in")

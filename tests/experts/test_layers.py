@@ -195,7 +195,9 @@ def test_weights_take_the_dtype_of_the_rows(rng):
 
 
 @pytest.mark.parametrize("algorithm", ALGORITHMS)
-def test_sizes_and_names_that_do_not_fit(rng, algorithm):
+def test_sizes_and_names_that_do_not_fit(rng, algorithm, record_property):
+    record_property("bad_input", "fused width odd")
+    record_property("bad_input", "sizes, names or dtypes")
     layer, _ = gpt_oss(rng)
 
     def call(experts):
@@ -241,7 +243,8 @@ def test_an_expert_must_define_apply():
 
 
 @pytest.mark.parametrize("missing", ["up_bias", "down_bias"])
-def test_refuses_some_biases_without_the_others(missing):
+def test_refuses_some_biases_without_the_others(missing, record_property):
+    record_property("bad_input", "biases partly given")
     bias = {"up_bias": f32(np.ones((3, 4)), "expert", "out")}
     bias["down_bias"] = f32(np.ones((3, 5)), "expert", "out")
     layer = moe_jax.MLP(

@@ -88,6 +88,26 @@ def test_constants_through_casts_that_lose_nothing():
     assert found.constant_named("y") is None and found.constant(1, "bias") is None
 
 
+def test_integers_through_a_cast_are_its_floats():
+    tensor = graph.initialiser("w", np.arange(6, dtype=np.int8).reshape(2, 3))
+    cast = graph.node("Cast", ["w"], ["floats"], to=graph.data_type(np.float32))
+    found = graph.Found(cast, {"w": tensor}, {"floats": cast}).constant_named("floats")
+    assert found is not None and found.dtype == np.float32
+    np.testing.assert_array_equal(found, [[0, 1, 2], [3, 4, 5]])
+
+
+def test_external_data_is_replaced_and_lies_beside_the_model(tmp_path):
+    y = graph.value("y", np.float32, [4, 300])
+    weight = graph.initialiser("w", np.ones((4, 300), np.float32))
+    model = graph.model_of([graph.node("Relu", ["w"], ["y"])], [], [y], [weight])
+    for _ in range(3):
+        graph.save(model, tmp_path / "m.onnx", external_data="m.bin")
+        assert (tmp_path / "m.bin").stat().st_size == 4800
+    for name in ("../m.bin", str(tmp_path / "m.bin"), "m.onnx", "sub/m.bin", "", ".."):
+        with pytest.raises(FormatError, match="name of a file beside m.onnx"):
+            graph.save(model, tmp_path / "m.onnx", external_data=name)
+
+
 def test_without_onnx_the_extra_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "onnx", None)
     spec = importlib.util.spec_from_file_location("without_onnx", formats_onnx.__file__)

@@ -285,9 +285,10 @@ def test_a_router_of_another_input_is_refused(rng):
         microsoft.read(model_with(rng, router=router)[0])
 
 
-def test_no_layers_are_no_error(rng):
+def test_a_file_without_layers_is_refused(rng):
     x, y = (graph.value(name, np.float32, [D]) for name in "xy")
-    assert microsoft.read(graph.model_of([graph.node("Relu", ["x"], ["y"])], [x], [y], [])) == {}
+    with pytest.raises(FormatError, match="no com.microsoft node of MoE or QMoE"):
+        microsoft.read(graph.model_of([graph.node("Relu", ["x"], ["y"])], [x], [y], []))
 
 
 WRONG = {

@@ -200,7 +200,7 @@ def test_other_activations(rng, record_property, kind):
 
 @pytest.mark.parametrize(
     "name, number",
-    [("alpha", 1e39), ("beta", float("nan")), ("beta", float("inf")), ("limit", 1e-46)],
+    [("alpha", 1e39), ("beta", -1e39), ("limit", 1e-46)],
 )
 def test_numbers_that_are_no_float32(rng, record_property, name, number):
     layer = random_layer(rng, activation=Activation("swiglu", **{name: number})).ours
@@ -286,7 +286,7 @@ def test_types_that_do_not_fit_together(rng, record_property):
     layer = changed(random_layer(rng).ours, up_bias=lambda a: a.astype(jnp.float16))
     refused(record_property, "", "float_type", layer)
     large = changed(random_layer(rng).ours, up=lambda a: a * 1e5)
-    refused(record_property, "", "up holds numbers beyond float_type", large, float_type=np.float16)
+    refused(record_property, "", "up holds numbers beyond float16", large, float_type=np.float16)
     integers = changed(random_layer(rng).ours, up=lambda a: a.astype(jnp.int32))
     refused(record_property, "", "up must be floats", integers)
 

@@ -1,5 +1,7 @@
 """MXFP4 against ml_dtypes' tables and against the specification stated in NumPy float64."""
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import ml_dtypes
@@ -21,6 +23,7 @@ DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]
 MODES = {"eager": lambda f: f, "jit": jax.jit}
 jitted_quantize = jax.jit(quantize_mxfp4, static_argnums=1)
 GRID = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
+TRANSFORMERS = dict(np.load(Path(__file__).with_name("goldens_mxfp4.npz")))
 
 
 def decode(blocks, scales):
@@ -95,6 +98,21 @@ class TestDecode:
         with np.errstate(over="ignore"):
             expected = decode(blocks, scales).astype(dtype)
         same_floats(np.asarray(got.array), expected)
+
+    @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=lambda d: jnp.dtype(d).name)
+    def test_q1_decodes_as_transformers_do(self, dtype, record_property):
+        """Bit for bit up to 2^127; byte 255 is NaN here, as specified, and 2^128 there."""
+        blocks = np.broadcast_to(np.arange(16, dtype=np.uint8) * 17, (256, 1, 16))
+        weights = packed(blocks, np.arange(256, dtype=np.uint8)[:, None])
+        got = np.asarray(jax.jit(lambda w: w.dequantize(dtype))(weights).order("in", "out").array)
+        theirs = TRANSFORMERS[jnp.dtype(dtype).name]
+        np.testing.assert_array_equal(got.view(theirs.dtype)[:, :255], theirs[:, :255])
+        assert np.isnan(got[:, 255].astype(np.float64)).all()
+        assert np.isinf(theirs.view(got.dtype)[4:16, 255].astype(np.float64)).all()
+        record_property("row", "Q1")
+        record_property("with", str(TRANSFORMERS["versions"]))
+        record_property("error", 0.0)
+        record_property("trap", "7")
 
     def test_low_four_bits_come_first(self):
         blocks = np.zeros((1, 16), np.uint8)
@@ -179,7 +197,8 @@ class TestBlockScaled:
 
     @pytest.mark.parametrize("dtype", [np.int8, np.uint16, np.float32])
     @pytest.mark.parametrize("leaf", ["blocks", "scales"])
-    def test_only_uint8(self, weights, leaf, dtype):
+    def test_only_uint8(self, weights, leaf, dtype, record_property):
+        record_property("bad_input", "MXFP4 dtype")
         leaves = {"blocks": weights.blocks, "scales": weights.scales}
         leaves[leaf] = leaves[leaf].astype(dtype)
         with pytest.raises(TypeError, match=f"MXFP4 {leaf} must be uint8"):
@@ -196,7 +215,8 @@ class TestBlockScaled:
         ],
         ids=["15 bytes", "a block more", "a row more", "other name", "other order"],
     )
-    def test_leaves_that_do_not_belong_together(self, blocks, scales):
+    def test_leaves_that_do_not_belong_together(self, blocks, scales, record_property):
+        record_property("bad_input", "MXFP4 blocks/scales mismatch")
         weights = BlockScaled(blocks, tag(np.zeros(scales, np.uint8), "out", "block"))
         for method in (weights.dequantize, lambda: weights.sizes, lambda: weights.take(0, "out")):
             with pytest.raises(ValueError, match="MXFP4 needs"):
@@ -305,7 +325,8 @@ class TestEncode:
             np.testing.assert_array_equal(other.blocks.array, expected.blocks.array)
             np.testing.assert_array_equal(other.scales.array, expected.scales.array)
 
-    def test_refusals(self):
+    def test_refusals(self, record_property):
+        record_property("bad_input", "MXFP4 in not divisible by 32")
         with pytest.raises(ValueError, match="divisible by 32"):
             quantize_mxfp4(tag(jnp.ones((2, 48)), "out", "in"))
         with pytest.raises(ValueError, match="no axis 'in'"):

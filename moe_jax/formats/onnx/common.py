@@ -51,6 +51,14 @@ def array_of(
     return np.asarray(tagged.untag(*axes))
 
 
+def check_finite(name: str, array: np.ndarray) -> None:
+    """Raises FormatError where a router's array holds infinity or NaN."""
+    if not np.isfinite(array.astype(np.float32)).all():
+        raise FormatError(
+            f"{name} is not finite: experts that are barred cannot be said, leave them out"
+        )
+
+
 def weight_of(array: np.ndarray) -> Tagged:
     """[E, in, out] as {expert, out, in}, the order that the library's own weights have."""
     return Tagged(jnp.asarray(array.swapaxes(1, 2)), ("expert", "out", "in"))

@@ -35,6 +35,7 @@ from moe_jax.formats.onnx.common import (
     FLOATS,
     WEIGHT_AXES,
     array_of,
+    check_finite,
     layers_model,
     weight_of,
 )
@@ -197,6 +198,7 @@ def _arrays(layer: MoE, expert_dtype: str | None) -> dict[str, np.ndarray]:
     if expert_dtype not in (None, *_DTYPES):
         raise FormatError(f"expert_dtype must be None or one of {_DTYPES}, got {expert_dtype!r}")
     router = array_of("router_weight", value(layer.router_weight), ("expert", "d"), {}, FLOATS)
+    check_finite("router_weight", router)
     sizes = {"expert": router.shape[0]}
     features = router.shape[1]
     taken = _DTYPES if expert_dtype is None else FLOATS
@@ -217,19 +219,9 @@ def _arrays(layer: MoE, expert_dtype: str | None) -> dict[str, np.ndarray]:
         ),
     }
     rounded = {
-        key: _rounded(key, part, part.dtype if expert_dtype is None else np.dtype(expert_dtype))
-        for key, part in parts.items()
+        key: graph.finite_cast(key, part, expert_dtype or part.dtype) for key, part in parts.items()
     }
     return {"router.weight": router.astype(np.float32), **rounded}
-
-
-def _rounded(name: str, array: np.ndarray, dtype: np.dtype) -> np.ndarray:
-    """`array` in `dtype`. Raises FormatError where a number is too large for it."""
-    with np.errstate(over="ignore"):
-        result = array.astype(dtype)
-    if np.isinf(result).any() and not np.isinf(array).any():
-        raise FormatError(f"{name} holds numbers that expert_dtype={dtype.name!r} cannot")
-    return result
 
 
 def _layer(found: graph.Found) -> MoE:

@@ -15,6 +15,7 @@ from moe_jax.experts.t5 import T5FeedForward
 from moe_jax.formats.errors import FormatError
 from moe_jax.formats.onnx.activation_nodes import add_activation, add_combine
 from moe_jax.formats.onnx.common import FLOATS, WEIGHT_AXES, array_of
+from moe_jax.formats.onnx.graph import finite_cast
 from moe_jax.formats.onnx.norm_nodes import add_norm
 from moe_jax.formats.onnx.writer import Writer
 
@@ -93,7 +94,8 @@ def add_experts(
         The name of [E, T, D], or [1, T, D] where all experts do the same.
 
     Raises:
-        FormatError: an array cannot be said, or does not fit the others.
+        FormatError: an array cannot be said, is beyond the writer's dtype, or does not fit the
+            others.
     """
     fields = fields_of(experts)
     constants = _constants(writer, experts, fields, sizes, name)
@@ -136,6 +138,7 @@ def _constants(
     result = {}
     for field, array in arrays.items():
         dtype = _FLOAT32 if fields.norm and field in fields.norm else writer.dtype
+        finite_cast(field, array, dtype)  # which the graph does
         constant = writer.constant(f"{name}.experts.{field}", array)
         constant = writer.cast(constant, array.dtype, dtype)
         if array.ndim == 2:

@@ -3,6 +3,7 @@
 import dataclasses
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,15 @@ def initialiser(name: str, array: Any) -> TensorProto:
         return onnx.numpy_helper.from_array(array, name)
     except (KeyError, ValueError, TypeError) as error:
         raise TypeError(f"ONNX has no constants of {array.dtype}, asked for {name!r}") from error
+
+
+def finite_cast(name: str, array: np.ndarray, dtype: Any) -> np.ndarray:
+    """Floats in `dtype`. Raises FormatError where numbers that are finite become infinite."""
+    with np.errstate(over="ignore"):
+        result = array.astype(dtype)
+    if (np.isfinite(array) & ~np.isfinite(result)).any():
+        raise FormatError(f"{name} holds numbers beyond {np.dtype(dtype).name}")
+    return result
 
 
 def data_type(dtype: Any) -> int:
@@ -164,10 +174,22 @@ def _is_text(message: Any) -> bool:
 def save(
     model: ModelProto, path: str | os.PathLike[str], *, external_data: str | None = None
 ) -> None:
-    """Writes a model; its constants to a file `external_data` beside it where that is named."""
+    """Writes a model; its constants to a file `external_data` beside it where that is named.
+
+    Both files are replaced.
+
+    Raises:
+        FormatError: `external_data` is not a file name, or is that of the model.
+    """
     if external_data is None:
         onnx.save_model(model, path)
         return
+    path = Path(path)
+    if Path(external_data).name != external_data or external_data in ("", "..", path.name):
+        raise FormatError(
+            f"external_data must be the name of a file beside {path.name}, got {external_data!r}"
+        )
+    (path.parent / external_data).unlink(missing_ok=True)  # onnx adds to a file that is there
     copy = ModelProto()
     copy.CopyFrom(model)  # onnx moves the constants out of the model it is given
     for tensor in copy.graph.initializer:
@@ -233,7 +255,9 @@ class Found:
         if made.op_type == "Transpose":
             return array.transpose(options.get("perm"))
         cast = array.astype(onnx.helper.tensor_dtype_to_np_dtype(options["to"]))
-        # what a cast keeps is the same number in the smaller type
+        if array.dtype.kind in "iub":
+            return cast
+        # what a cast of floats keeps is the same number in the smaller type
         kept = (cast.astype(array.dtype) == array) | (array != array)
         return array if kept.all() else cast
 

@@ -12,9 +12,9 @@ import numpy as np
 from moe_jax.activations import Activation, Kind, Layout
 from moe_jax.experts.layers import MLP, GatedMLP, GptOssMLP
 from moe_jax.formats.errors import FormatError
+from moe_jax.formats.onnx.graph import finite_cast
 from moe_jax.formats.onnx.microsoft_matrices import (
     Matrix,
-    cast,
     joined,
     lanes,
     matrix_of,
@@ -47,7 +47,7 @@ class Hint:
     Attributes:
         experts: the class.
         layout: where gate and linear lane lie in the class's matrix.
-        mxfp4: whether 8-bit integers stand for MXFP4.
+        mxfp4: whether 8-bit integers stand for MXFP4, in all matrices.
     """
 
     experts: ExpertKind
@@ -126,7 +126,8 @@ def to_matrices(
     for name, part in zip((first, *others), parts, strict=True):
         _check_shape(name, part, (num_experts, wide, hidden_size))
     _check_shape("down", down, (num_experts, hidden_size, inner))
-    hint = Hint(kind, activation.layout, _is_mxfp4(experts, first))
+    mxfp4 = all(_is_mxfp4(experts, name) for name in (first, *others, "down"))
+    hint = Hint(kind, activation.layout, mxfp4)
     if not activation.gated:
         return ExpertMatrices(parts[0], down, None, activation, 0, hint)
     gate, up = parts if others else _split(parts[0], activation.layout)
@@ -238,7 +239,7 @@ def _linear(experts: Any, name: str, float_type: Any) -> Linear:
     array = None if bias is None else numpy_of(bias, "expert", "out")
     return Linear(
         matrix_of(name, getattr(experts, name), float_type),
-        None if array is None else cast(f"{name}_bias", array, float_type),
+        None if array is None else finite_cast(f"{name}_bias", array, float_type),
     )
 
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from moe_jax.activations import Layout
 from moe_jax.formats.errors import FormatError
+from moe_jax.formats.onnx.graph import finite_cast
 from moe_jax.quantization.integer import PackedIntegers
 from moe_jax.quantization.mxfp4 import BLOCK_SIZE, BlockScaled
 from moe_jax.quantization.tiled import TiledMXFP4
@@ -105,7 +106,7 @@ def matrix_of(name: str, weight: Any, float_type: Any) -> Matrix:
     if is_tagged(weight):
         if not jnp.issubdtype(weight.dtype, jnp.floating):
             raise FormatError(f"{name} must be floats or packed, got {weight.dtype} {weight}")
-        return Matrix(cast(name, numpy_of(weight, "expert", "out", "in"), float_type))
+        return Matrix(finite_cast(name, numpy_of(weight, "expert", "out", "in"), float_type))
     if isinstance(weight, PackedIntegers):
         return _from_integers(name, weight)
     raise FormatError(f"{name} is a {type(weight).__name__}, which QMoE has no form for")
@@ -155,15 +156,6 @@ def unpack(packed: np.ndarray, bits: int, count: int) -> np.ndarray:
     shifts = np.arange(8 // bits, dtype=np.uint8) * bits
     codes = (packed[..., None] >> shifts) & ((1 << bits) - 1)
     return codes.reshape(*packed.shape[:-1], -1)[..., :count].astype(np.uint8)
-
-
-def cast(name: str, array: np.ndarray, float_type: Any) -> np.ndarray:
-    """Floats as `float_type`. Raises FormatError where finite ones are beyond it."""
-    with np.errstate(over="ignore"):
-        result = array.astype(float_type)
-    if (np.isfinite(array) & ~np.isfinite(result)).any():
-        raise FormatError(f"{name} holds numbers beyond float_type {np.dtype(float_type).name}")
-    return result
 
 
 def numpy_of(value: Tagged, *axes: str) -> np.ndarray:

@@ -78,10 +78,14 @@ def read(source: str | os.PathLike[str] | ModelProto, *, target: Target = CPU) -
         Layers by the name of their node, or of its output where it has none, in the file's order.
 
     Raises:
-        FormatError: not an ONNX file, or a node that is malformed or that the library cannot say.
+        FormatError: not an ONNX file, there is no such node, or one is malformed or beyond what the
+            library can say.
         OSError: the file cannot be read.
     """
-    return {name: _layer(found, target) for name, found in _nodes(load(source)).items()}
+    layers = {name: _layer(found, target) for name, found in _nodes(load(source)).items()}
+    if not layers:
+        raise FormatError(f"there is no {DOMAIN} node of {MOE} or {QMOE}")
+    return layers
 
 
 def read_experts(

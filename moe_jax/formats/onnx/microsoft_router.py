@@ -160,6 +160,8 @@ def _logits(
 ) -> str:
     """The logits [tokens, expert] in float32."""
     array = numpy_of(weight, "expert", "d")
+    if not np.isfinite(array.astype(np.float32)).all():
+        raise FormatError("router_weight must be finite: the operators make zeros of NaN")
     shape = _constant(graph, f"{prefix}router_shape", np.array([-1, array.shape[1]], np.int64))
     rows = _add(graph, "Reshape", [x, shape], f"{prefix}router_rows")
     if is_cast:

@@ -12,14 +12,22 @@ from onnx import ModelProto, NodeProto, TensorProto, ValueInfoProto
 
 from moe_jax.formats.errors import FormatError
 from moe_jax.formats.modules import Layers, as_layers, check_sayable, experts_of
-from moe_jax.formats.onnx.graph import Dimension, initialiser, model_of, node, save, value
+from moe_jax.formats.onnx.graph import (
+    Dimension,
+    finite_cast,
+    initialiser,
+    model_of,
+    node,
+    save,
+    value,
+)
 from moe_jax.formats.onnx.microsoft_experts import (
     ExpertMatrices,
     Linear,
     attribute_floats,
     to_matrices,
 )
-from moe_jax.formats.onnx.microsoft_matrices import cast, is_integer, pack
+from moe_jax.formats.onnx.microsoft_matrices import is_integer, pack
 from moe_jax.formats.onnx.microsoft_router import export_router
 from moe_jax.formats.onnx.microsoft_schema import (
     ACTIVATION_TYPES,
@@ -274,7 +282,7 @@ def _scale(
     prefix: str, scale: float, dtype: Any, nodes: list[NodeProto], constants: list[TensorProto]
 ) -> None:
     """The router's factor, which the operators lack, on the output."""
-    factor = cast("the router's scale", np.asarray(scale), dtype)
+    factor = finite_cast("the router's scale", np.asarray(scale), dtype)
     constants.append(initialiser(f"{prefix}router_scale", factor))
     names = [f"{prefix}unscaled", f"{prefix}router_scale"]
     nodes.append(node("Mul", names, [f"{prefix}y"], name=f"{prefix}router_scaling"))

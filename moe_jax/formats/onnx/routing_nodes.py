@@ -3,8 +3,7 @@
 import numpy as np
 import onnx
 
-from moe_jax.formats.errors import FormatError
-from moe_jax.formats.onnx.common import FLOATS, array_of
+from moe_jax.formats.onnx.common import FLOATS, array_of, check_finite
 from moe_jax.formats.onnx.norm_nodes import add_norm
 from moe_jax.formats.onnx.writer import Writer
 from moe_jax.layer import MoE
@@ -52,6 +51,7 @@ def add_routing(writer: Writer, layer: MoE, rows: str, name: str) -> str:
 def _logits(writer: Writer, layer: MoE, rows: str, name: str) -> str:
     """float32 [T, E]."""
     array = array_of("router_weight", value(layer.router_weight), ("expert", "d"), {}, FLOATS)
+    check_finite("router_weight", array)  # of NaN, TopK may make anything
     weight = writer.constant(f"{name}.router_weight", array)
     rows = writer.cast(rows, writer.dtype, _FLOAT32)
     if layer.router_norm_weight is not None:
@@ -68,10 +68,7 @@ def _logits(writer: Writer, layer: MoE, rows: str, name: str) -> str:
 def _bias(writer: Writer, field: str, tagged: Tagged, name: str) -> str:
     """A constant {expert} as float32."""
     array = array_of(field, tagged, ("expert",), {}, FLOATS)
-    if not np.isfinite(array.astype(np.float32)).all():
-        raise FormatError(
-            f"{field} is not finite: experts that are barred cannot be said, leave them out"
-        )
+    check_finite(field, array)
     return writer.cast(writer.constant(f"{name}.{field}", array), array.dtype, _FLOAT32)
 
 
@@ -79,7 +76,9 @@ def _score(writer: Writer, router: Router, logits: str) -> str:
     if router.score == "linear":
         return logits
     if router.score == "sigmoid":
-        return writer.op("Sigmoid", logits)
+        # onnxruntime's own Sigmoid is good to 1e-7 of 1, which is all there is of that of -16
+        power = writer.op("Exp", writer.op("Neg", logits))
+        return writer.op("Reciprocal", writer.op("Add", power, _float(writer, 1.0)))
     return writer.op("Softmax", logits, axis=-1)
 
 

@@ -2,7 +2,8 @@
 
 writer = Writer("float32")
 x = writer.input("x", ("tokens", 8))
-y = writer.relu(x)  ...
+writer.output(writer.op("Relu", x), "y", ("tokens", 8))
+model = writer.model()
 """
 
 import contextlib
@@ -84,8 +85,9 @@ class Writer:
         return name
 
     def number(self, number: float) -> str:
-        """A scalar of the activations' dtype."""
-        return self.constant(f"{float(number)!r}:{self.dtype}", np.asarray(number, self.dtype))
+        """A scalar of the activations' dtype. Raises FormatError where it is beyond that."""
+        array = graph.finite_cast(repr(number), np.asarray(number, np.float64), self.dtype)
+        return self.constant(f"{float(number)!r}:{self.dtype}", array)
 
     def integers(self, *values: int) -> str:
         """A list of int64."""

@@ -114,7 +114,10 @@ class TestDamage:
 
     @pytest.mark.parametrize("scale", [253, 254, 255])
     @pytest.mark.parametrize("name", [SCALES, SCALES.replace("gate_up", "down")])
-    def test_scale_beyond_the_range_of_floats(self, tmp_path, tensors, config, name, scale):
+    def test_scale_beyond_the_range_of_floats(
+        self, tmp_path, tensors, config, name, scale, record_property
+    ):
+        record_property("bad_input", "scale byte 255")
         tensors[name] = tensors[name].copy()
         tensors[name][3, 11, 1] = scale
         write(tmp_path, tensors)
