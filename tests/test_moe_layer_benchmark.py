@@ -17,6 +17,8 @@ from moe_layer_problem import Shape
 from peer_process import PeerError, PeerProcess
 from timing import in_turns, sampler, summary
 
+pytestmark = pytest.mark.usefixtures("little_compiling")
+
 TOY = Shape(hidden_size=96, intermediate_size=64, num_experts=5, experts_per_token=2)
 
 

@@ -13,6 +13,8 @@ import sharded_parts
 import sharded_profile
 from sharded_floors import Collective, Rates, Step
 
+pytestmark = pytest.mark.usefixtures("little_compiling")
+
 GPT_OSS_20B = sharded_model.model_config("20b")
 
 

@@ -32,6 +32,8 @@ import moe_jax
 from moe_jax import Router, Sharding, tag
 from moe_jax.dispatch import token_budget
 
+pytestmark = pytest.mark.usefixtures("little_compiling")
+
 PAIRS = [
     (sizes, algorithm, COMMUNICATIONS[(m + a) % 2])
     for m, sizes in enumerate(MESHES)

@@ -1,9 +1,7 @@
 """What tests of formats run under, besides what all tests do."""
 
 import importlib.util
-from collections.abc import Iterator
 
-import jax
 import pytest
 
 if not all(importlib.util.find_spec(name) for name in ("onnx", "onnxruntime", "openvino")):
@@ -18,9 +16,5 @@ if not all(importlib.util.find_spec(name) for name in ("onnx", "onnxruntime", "o
 
 
 @pytest.fixture(autouse=True, scope="module")
-def little_compiling() -> Iterator[None]:
-    """XLA optimizes little: layers are tiny, run once, and to compile them is what takes time."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", before)
+def tiny_layers(little_compiling: None) -> None:
+    """Layers are tiny and run once."""

@@ -22,6 +22,8 @@ from gpt_oss.flags import parse
 from gpt_oss.generate import main
 from moe_jax.checkpoint import Checkpoint
 
+pytestmark = pytest.mark.usefixtures("little_compiling")
+
 NAME = "divisible_by_8"
 
 

@@ -17,6 +17,8 @@ import moe_jax
 from gpt_oss.model import GptOss
 from moe_jax import Tagged
 
+pytestmark = pytest.mark.usefixtures("little_compiling")
+
 GOLDENS = np.load(Path(__file__).with_name("goldens.npz"))
 NAME = "divisible_by_8"
 PROMPTS = list(tiny.prompts(NAME).values())

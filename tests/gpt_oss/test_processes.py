@@ -40,6 +40,7 @@ def start(checkpoint, index, port, *flags, devices=2, count=2):
         **os.environ,
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": str(devices),
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # most of their time is compiling
         "PYTHONPATH": os.pathsep.join(sys.path),
     }
     return subprocess.Popen(
@@ -149,12 +150,15 @@ def test_other_prompts_are_told_apart(checkpoint):
 @pytest.mark.slow
 def test_an_interrupted_process_ends_the_others(checkpoint):
     """Ctrl-C in one of them only; it does not wait for the other."""
-    with generating(checkpoint) as several:
-        several[0].send_signal(signal.SIGINT)
-        pressed = time.monotonic()
-        several[0].communicate(timeout=90)
-        _, errors = several[1].communicate(timeout=90)
-        seconds = time.monotonic() - pressed
+    for _ in range(3):
+        with generating(checkpoint) as several:
+            several[0].send_signal(signal.SIGINT)
+            pressed = time.monotonic()
+            several[0].communicate(timeout=90)
+            _, errors = several[1].communicate(timeout=90)
+            seconds = time.monotonic() - pressed
+        if several[0].returncode:
+            break  # not so if it had written all before the signal came
     assert several[0].returncode == 130
     assert several[1].returncode not in (0, None), errors
     assert seconds < 60

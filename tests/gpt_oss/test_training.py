@@ -30,6 +30,8 @@ from gpt_oss.training import (
 )
 from moe_jax import BlockScaled, Tagged, tag
 
+pytestmark = pytest.mark.usefixtures("little_compiling")
+
 LENGTH = 24
 NAME = "one_expert_per_token"
 MODEL = GptOssConfig.from_dict(tiny.config(NAME))

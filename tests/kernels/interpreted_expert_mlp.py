@@ -64,8 +64,9 @@ def layer(rng, sizes: str = "odd", **options) -> Layer:
     return Layer.random(rng, 5, hidden, -(-intermediate // 32) * 32, **options)
 
 
-@pytest.mark.parametrize("sizes", SIZES)
-@pytest.mark.parametrize("num_tokens", [0, 1, 13])
+@pytest.mark.parametrize(
+    ("sizes", "num_tokens"), [("whole_tiles", 0), ("whole_tiles", 13), ("odd", 13), ("narrow", 1)]
+)
 def test_layer(plan, sizes, num_tokens, rng):
     oracle = layer(rng, sizes)
     x = rng.normal(size=(num_tokens, oracle.hidden)).astype(np.float32)

@@ -129,6 +129,7 @@ def test_kernels_are_called_with_what_they_take(monkeypatch, inner, capability):
         assert set(params["metaparams"]) == names
 
 
+@pytest.mark.slow
 def test_values_in_the_interpreter():
     run_interpreted("interpreted_floats.py")
 
