@@ -40,7 +40,6 @@ def start(checkpoint, index, port, *flags, devices=2, count=2):
         **os.environ,
         "JAX_PLATFORMS": "cpu",
         "JAX_NUM_CPU_DEVICES": str(devices),
-        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",  # most of their time is compiling
         "PYTHONPATH": os.pathsep.join(sys.path),
     }
     return subprocess.Popen(
