@@ -8,6 +8,13 @@ import gpt_oss.generate
 
 SCRIPT = Path(gpt_oss.generate.__file__)
 ROOT = SCRIPT.parents[2]
+INTERRUPTIBLE = [
+    sys.executable,
+    "-c",
+    "import os, signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
+    "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])",
+]
+"""Python that Ctrl-C reaches; started in the background, a process and its children ignore it."""
 REPLY = "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>final<|message|>"
 
 

@@ -9,20 +9,14 @@ import sys
 import time
 
 import pytest
-from command_line import ROOT, SCRIPT
+from command_line import INTERRUPTIBLE, ROOT, SCRIPT
 
 
 def start(checkpoint, folder, script, *flags, **options):
     """Starts the command in a process of its own, which a Ctrl-C reaches."""
-    # A process started in the background would ignore interrupts, and its children too.
-    code = (
-        "import runpy, signal, sys; signal.signal(signal.SIGINT, signal.default_int_handler); "
-        "sys.argv = sys.argv[1:]; sys.path[0] = __import__('os').path.dirname(sys.argv[0]); "
-        "runpy.run_path(sys.argv[0], run_name='__main__')"
-    )
     environment = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
     return subprocess.Popen(
-        [sys.executable, "-c", code, script, "--model", str(checkpoint), "--raw", *flags],
+        [*INTERRUPTIBLE, script, "--model", str(checkpoint), "--raw", *flags],
         cwd=folder,
         env=environment,
         stdout=subprocess.PIPE,
