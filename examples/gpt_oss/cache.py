@@ -179,10 +179,14 @@ def _ring_positions(length: Tagged, slots: int) -> Tagged:
 
 def _write(buffer: Tagged, new: Tagged, target: jax.Array) -> Tagged:
     """Writes new {b, kv, k, hd} to slots `target` [b, k]; slots past the end are left out."""
-    rows = jnp.arange(target.shape[0])[:, None]
-    update = new.untag("b", "k", "kv", "hd").astype(buffer.dtype)
-    array = buffer.untag("b", "kv", "k", "hd")
-    written = array.at[rows, :, target].set(update, mode="drop", unique_indices=False)
+    written = jax.vmap(
+        # a row at a time, so that rows of several devices stay where they are
+        lambda held, added, slot: held.at[:, slot].set(added, mode="drop")
+    )(
+        buffer.untag("b", "kv", "k", "hd"),
+        new.untag("b", "kv", "k", "hd").astype(buffer.dtype),
+        target,
+    )
     return tag(written, "b", "kv", "k", "hd")
 
 

@@ -26,6 +26,7 @@ from flax import nnx
 from gpt_oss.attention import attend, attend_causally
 from gpt_oss.cache import Cache, FullCache, RingCache, Span
 from gpt_oss.config import GptOssConfig
+from gpt_oss.embedding import embed
 from gpt_oss.layers import Linear, RMSNorm
 from gpt_oss.layout import parameter_specs
 from gpt_oss.placement import constrained, constrained_cache
@@ -291,7 +292,7 @@ class GptOss(nnx.Module):
         size, most = tokens.size("s"), self.config.max_position_embeddings
         if size > most:
             raise ValueError(f"expected at most {most} tokens, the model's positions, got {size}")
-        x = value(self.embed_tokens).take(tokens.order("b", "s"), "voc").astype(self.dtype)
+        x = embed(value(self.embed_tokens), tokens, self.sharding).astype(self.dtype)
         x = constrained(x, self.sharding)
         if span is None:
             positions = tag(jnp.arange(size, dtype=jnp.int32), "s")

@@ -73,13 +73,15 @@ def expert_parallel(
     """
     if not isinstance(sharding, Sharding):
         raise TypeError(f"sharding must be a moe_jax.Sharding(mesh), got {sharding!r}")
-    owners, groups = sharding.axes("expert"), _groups(sharding)
+    owners, groups = _owners(sharding), _groups(sharding)
     num_devices = sharding.count(*owners)
     sharding.of(experts)  # refuses what does not split evenly
     ids, weights = (part.untag("s", "top_expert") for part in (routing.ids, routing.weights))
     rows, (num_tokens, experts_per_token) = x.untag("s", "d"), ids.shape
     if not num_tokens:
         return x
+    if num_tokens < sharding.count(*groups):
+        groups = ()  # every device has all rows: sharing so few out would only cost messages
     form, axes = {
         "psum": (_summed, groups),
         "all_to_all": (_exchanged, (*groups, *owners)),
@@ -119,6 +121,11 @@ def before_routing(x: Tagged, experts_per_token: int, sharding: Sharding) -> Tag
     first = next((axis for axis, size in tokens.items() if size > 1), "d")
     rules = {} if first == "d" else {first: _groups(sharding)}
     return Sharding(sharding.mesh, rules).constrain(x)
+
+
+def _owners(sharding: Sharding) -> tuple[str, ...]:
+    """The mesh axes that split experts over several devices."""
+    return tuple(axis for axis in sharding.axes("expert") if sharding.count(axis) > 1)
 
 
 def _groups(sharding: Sharding) -> tuple[str, ...]:
