@@ -18,6 +18,8 @@ from gpt_oss.engine import Engine
 from gpt_oss.generation import Request
 from gpt_oss.sampling import Greedy, Sampler
 
+pytestmark = pytest.mark.usefixtures("little_compiling")
+
 GOLDENS = np.load(Path(__file__).with_name("goldens.npz"))
 NAME, CONTEXT, VOCABULARY = "rope_truncated", 96, 229
 PROMPT = tiny.prompts(NAME)["below_window"]

@@ -21,6 +21,8 @@ from moe_jax.kernels.expert_mlp import launch
 from moe_jax.kernels.expert_mlp.api import Logits, expert_mlp, is_supported
 from moe_jax.kernels.tiled_matmul import launch as matmul
 
+pytestmark = pytest.mark.usefixtures("little_compiling")
+
 EXPERTS, HIDDEN, INTERMEDIATE, K = 5, 64, 96, 2
 ATOL = 0.6
 """What bfloat16 leaves of sums of 96 terms of a size of up to 20."""

@@ -16,6 +16,8 @@ from moe_jax.kernels.grouped_matmul import grouped_matmul
 from moe_jax.quantization import is_packed
 from moe_jax.variables import Fixed
 
+pytestmark = pytest.mark.usefixtures("little_compiling")
+
 ALGORITHMS = ("per_token", "dense", "grouped", "fixed_budget")
 EXPERTS, HIDDEN, INTERMEDIATE, TOKENS = 8, 64, 96, 12
 
