@@ -12,7 +12,6 @@ Source: https://huggingface.co/openai/gpt-oss-20b
 from collections.abc import Mapping
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.activations import GPT_OSS_ACTIVATION, Activation
@@ -25,7 +24,7 @@ from moe_jax.formats.torch.tensors import to_numpy
 from moe_jax.layer import MoE
 from moe_jax.quantization.mxfp4 import BlockScaled
 from moe_jax.routing import Router
-from moe_jax.tagged import Tagged
+from moe_jax.tagged import Tagged, tag
 from moe_jax.variables import value
 
 ROUTERS = (Router(), Router(renormalize=True), Router(order="before_top_k", renormalize=True))
@@ -81,7 +80,7 @@ def import_state(
             raise FormatError(
                 f"{prefix}{part.name} must have the axes {part.axes}, got {array.shape}"
             )
-        fields[part.fields[0]] = Tagged(jnp.asarray(array), part.axes)
+        fields[part.fields[0]] = tag(array, *part.axes)
     router = fields["router_weight"]
     weights = {
         field: BlockScaled(fields[f"{field}.blocks"], fields[f"{field}.scales"])

@@ -12,12 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.activations import Layout
+from moe_jax.formats.arrays import OUT_IN, numpy_of
 from moe_jax.formats.errors import FormatError
 from moe_jax.formats.onnx.graph import finite_cast
 from moe_jax.quantization.integer import PackedIntegers
 from moe_jax.quantization.mxfp4 import BLOCK_SIZE, BlockScaled
 from moe_jax.quantization.tiled import TiledMXFP4
-from moe_jax.tagged import Tagged, is_tagged, tag
+from moe_jax.tagged import is_tagged, tag
 
 _TWICE_E2M1 = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12])
 _ZERO_POINT = 128
@@ -106,7 +107,7 @@ def matrix_of(name: str, weight: Any, float_type: Any) -> Matrix:
     if is_tagged(weight):
         if not jnp.issubdtype(weight.dtype, jnp.floating):
             raise FormatError(f"{name} must be floats or packed, got {weight.dtype} {weight}")
-        return Matrix(finite_cast(name, numpy_of(weight, "expert", "out", "in"), float_type))
+        return Matrix(finite_cast(name, numpy_of(name, weight, OUT_IN), float_type))
     if isinstance(weight, PackedIntegers):
         return _from_integers(name, weight)
     raise FormatError(f"{name} is a {type(weight).__name__}, which QMoE has no form for")
@@ -121,7 +122,7 @@ def weight_of(matrix: Matrix, mxfp4: bool) -> Any:
     """
     if mxfp4:
         return _to_mxfp4(matrix)
-    return _to_integers(matrix) if matrix.bits else tag(matrix.values, "expert", "out", "in")
+    return _to_integers(matrix) if matrix.bits else tag(matrix.values, *OUT_IN)
 
 
 def is_integer(weight: Any) -> bool:
@@ -158,19 +159,12 @@ def unpack(packed: np.ndarray, bits: int, count: int) -> np.ndarray:
     return codes.reshape(*packed.shape[:-1], -1)[..., :count].astype(np.uint8)
 
 
-def numpy_of(value: Tagged, *axes: str) -> np.ndarray:
-    """A tagged array's numbers with the axes in this order. Raises FormatError for other axes."""
-    if set(value.axes) != set(axes):
-        raise FormatError(f"expected the axes {{{', '.join(axes)}}}, got {value}")
-    return np.asarray(value.untag(*axes))
-
-
 def _from_mxfp4(name: str, weight: BlockScaled) -> Matrix:
     weight.check()
     if weight.axis != "in":
         raise FormatError(f"{name} must be in blocks along 'in', got {weight}")
-    blocks = numpy_of(weight.blocks, "expert", "out", "block", "byte")
-    scales = numpy_of(weight.scales, "expert", "out", "block")
+    blocks = numpy_of(name, weight.blocks, ("expert", "out", "block", "byte"))
+    scales = numpy_of(name, weight.scales, ("expert", "out", "block"))
     if (scales == _NAN_SCALE).any():
         raise FormatError(f"{name} holds the scale byte 255 (NaN), which fc_scales cannot say")
     codes = np.stack([blocks & 15, blocks >> 4], -1).reshape(*blocks.shape[:2], -1)
@@ -205,13 +199,13 @@ def _from_integers(name: str, weight: PackedIntegers) -> Matrix:
     weight.check()
     if weight.axis != "in":
         raise FormatError(f"{name} must be in groups along 'in', got {weight}")
-    packed = numpy_of(weight.codes, "expert", "out", "group", "byte")
-    scales = numpy_of(weight.scales, "expert", "out", "group")
+    packed = numpy_of(name, weight.codes, ("expert", "out", "group", "byte"))
+    scales = numpy_of(name, weight.scales, ("expert", "out", "group"))
     if scales.dtype.name == "bfloat16":  # the CPU kernels lack it, and float32 holds it
         scales = scales.astype(np.float32)
     zero = weight.zero_points
     if zero is not None:
-        zero = numpy_of(zero, "expert", "out", "group")
+        zero = numpy_of(name, zero, ("expert", "out", "group"))
         if (zero >> (weight.bits - 1) > 1).any():
             raise FormatError(f"{name}: zero_points must be below 2^{weight.bits}")
     codes = unpack(packed, weight.bits, packed.shape[-1] * 8 // weight.bits)

@@ -6,7 +6,6 @@ the graph of what was read.
 
 from typing import Literal
 
-import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.activations import Activation, Kind
@@ -16,7 +15,7 @@ from moe_jax.formats.openvino.attributes import UP_OFFSET
 from moe_jax.formats.openvino.nodes import Node, array_of, single
 from moe_jax.layer import MoE
 from moe_jax.routing import Router
-from moe_jax.tagged import Tagged
+from moe_jax.tagged import Tagged, tag
 
 _GELU: dict[str, Kind] = {"ERF": "geglu", "TANH": "geglu_tanh"}
 _SCORES: dict[str, Literal["softmax", "sigmoid"]] = {"Softmax": "softmax", "Sigmoid": "sigmoid"}
@@ -130,12 +129,12 @@ _EXPERTS = {"Add": _two_matrices, "MatMul": _three_matrices}
 
 
 def _tagged(node: Node, *axes: str) -> Tagged:
-    return Tagged(jnp.asarray(_shaped(node, len(axes))), axes)
+    return tag(_shaped(node, len(axes)), *axes)
 
 
 def _bias(node: Node) -> Tagged:
     """[E, 1, out] as {expert, out}."""
-    return Tagged(jnp.asarray(_shaped(node, 3)[:, 0]), ("expert", "out"))
+    return tag(_shaped(node, 3)[:, 0], "expert", "out")
 
 
 def _shaped(node: Node, ndim: int) -> np.ndarray:
