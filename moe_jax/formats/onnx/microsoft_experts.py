@@ -9,15 +9,13 @@ from typing import Any, Literal
 
 import numpy as np
 
-from moe_jax.activations import Activation, Kind, Layout
+from moe_jax.activations import Activation, Kind, Layout, lane_positions
 from moe_jax.experts.layers import MLP, GatedMLP, GptOssMLP
 from moe_jax.formats.arrays import check_all_or_none, numpy_of
 from moe_jax.formats.errors import FormatError
 from moe_jax.formats.onnx.graph import finite_cast
 from moe_jax.formats.onnx.microsoft_matrices import (
     Matrix,
-    joined,
-    lanes,
     matrix_of,
     weight_of,
 )
@@ -260,13 +258,14 @@ def _is_mxfp4(experts: Any, name: str) -> bool:
 
 
 def _split(fused: Linear, layout: Layout) -> tuple[Linear, Linear]:
-    gate, up = lanes(layout, fused.weight.shape[1])
+    gate, up = lane_positions(layout, fused.weight.shape[1])
     return fused.rows(gate), fused.rows(up)
 
 
 def _fuse(gate: Linear, up: Linear, layout: Layout) -> Linear:
     both = gate.join(up)
-    return both.rows(joined(layout, both.weight.shape[1]))
+    order = np.concatenate(lane_positions(layout, both.weight.shape[1]))
+    return both.rows(np.argsort(order))
 
 
 def _complete_biases(matrices: ExpertMatrices) -> ExpertMatrices:

@@ -11,10 +11,10 @@ from typing import Any, Self
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.activations import Layout
 from moe_jax.formats.arrays import OUT_IN, numpy_of
 from moe_jax.formats.errors import FormatError
 from moe_jax.formats.onnx.graph import finite_cast
+from moe_jax.quantization.codes import pack_codes, unpack_codes
 from moe_jax.quantization.integer import PackedIntegers
 from moe_jax.quantization.mxfp4 import BLOCK_SIZE, BlockScaled
 from moe_jax.quantization.tiled import TiledMXFP4
@@ -130,35 +130,6 @@ def is_integer(weight: Any) -> bool:
     return isinstance(weight, BlockScaled | TiledMXFP4 | PackedIntegers)
 
 
-def lanes(layout: Layout, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """The rows of gate and of linear lane among `size` rows that hold both."""
-    rows, half = np.arange(size), size // 2
-    interleaved = layout.startswith("interleaved")
-    first, second = (rows[0::2], rows[1::2]) if interleaved else (rows[:half], rows[half:])
-    return (second, first) if layout.endswith("up_first") else (first, second)
-
-
-def joined(layout: Layout, size: int) -> np.ndarray:
-    """Which row of (gate, linear lane) stands at each of `size` rows of a layout."""
-    return np.argsort(np.concatenate(lanes(layout, size)))
-
-
-def pack(codes: np.ndarray, bits: int) -> np.ndarray:
-    """Codes [..., n], one a byte, in bytes [..., ceil(n * bits / 8)], low bits first."""
-    per_byte = 8 // bits
-    padding = [(0, 0)] * (codes.ndim - 1) + [(0, -codes.shape[-1] % per_byte)]
-    parts = np.pad(codes, padding).reshape(*codes.shape[:-1], -1, per_byte)
-    shifts = np.arange(per_byte, dtype=np.uint8) * bits
-    return np.bitwise_or.reduce(parts << shifts, axis=-1).astype(np.uint8)
-
-
-def unpack(packed: np.ndarray, bits: int, count: int) -> np.ndarray:
-    """The reverse of `pack`, for `count` codes."""
-    shifts = np.arange(8 // bits, dtype=np.uint8) * bits
-    codes = (packed[..., None] >> shifts) & ((1 << bits) - 1)
-    return codes.reshape(*packed.shape[:-1], -1)[..., :count].astype(np.uint8)
-
-
 def _from_mxfp4(name: str, weight: BlockScaled) -> Matrix:
     weight.check()
     if weight.axis != "in":
@@ -167,7 +138,7 @@ def _from_mxfp4(name: str, weight: BlockScaled) -> Matrix:
     scales = numpy_of(name, weight.scales, ("expert", "out", "block"))
     if (scales == _NAN_SCALE).any():
         raise FormatError(f"{name} holds the scale byte 255 (NaN), which fc_scales cannot say")
-    codes = np.stack([blocks & 15, blocks >> 4], -1).reshape(*blocks.shape[:2], -1)
+    codes = unpack_codes(blocks, 4).reshape(*blocks.shape[:2], -1)
     values = (_TWICE_E2M1 + _ZERO_POINT).astype(np.uint8)[codes]
     powers = np.ldexp(np.float32(1), scales.astype(np.int32) - 128)
     return Matrix(values, powers.astype(np.float32), None, 8)
@@ -188,9 +159,8 @@ def _to_mxfp4(matrix: Matrix) -> BlockScaled:
     code_of[_TWICE_E2M1[:8] + 12] = np.arange(8)
     codes = code_of[matrix.values.astype(np.int32) - _ZERO_POINT + 12]
     codes = codes.reshape(*matrix.scales.shape, BLOCK_SIZE)
-    blocks = codes[..., 0::2] | codes[..., 1::2] << 4
     return BlockScaled(
-        tag(blocks, "expert", "out", "block", "byte"),
+        tag(pack_codes(codes, 4), "expert", "out", "block", "byte"),
         tag(bytes_.astype(np.uint8), "expert", "out", "block"),
     )
 
@@ -208,7 +178,7 @@ def _from_integers(name: str, weight: PackedIntegers) -> Matrix:
         zero = numpy_of(name, zero, ("expert", "out", "group"))
         if (zero >> (weight.bits - 1) > 1).any():
             raise FormatError(f"{name}: zero_points must be below 2^{weight.bits}")
-    codes = unpack(packed, weight.bits, packed.shape[-1] * 8 // weight.bits)
+    codes = unpack_codes(packed, weight.bits)
     return Matrix(codes.reshape(*codes.shape[:2], -1), scales, zero, weight.bits)
 
 
@@ -218,7 +188,7 @@ def _to_integers(matrix: Matrix) -> PackedIntegers:
     codes = matrix.values.reshape(*matrix.scales.shape, matrix.group_size)
     zero = matrix.zero_points
     return PackedIntegers(
-        tag(pack(codes, matrix.bits), "expert", "out", "group", "byte"),
+        tag(pack_codes(codes, matrix.bits), "expert", "out", "group", "byte"),
         tag(matrix.scales, "expert", "out", "group"),
         None if zero is None else tag(zero, "expert", "out", "group"),
         matrix.bits,
