@@ -18,17 +18,16 @@ from moe_jax.activations import GPT_OSS_ACTIVATION, Activation
 from moe_jax.experts.layers import GptOssMLP
 from moe_jax.experts.prepare import restore_experts
 from moe_jax.formats.errors import FormatError
-from moe_jax.formats.modules import check_sayable, experts_of
+from moe_jax.formats.modules import CHOSEN_SOFTMAX_ROUTERS, check_sayable, experts_of
 from moe_jax.formats.torch.layouts import GPT_OSS, Tensor
-from moe_jax.formats.torch.tensors import to_numpy
+from moe_jax.formats.torch.tensors import check_names, named_below, to_numpy
 from moe_jax.layer import MoE
 from moe_jax.quantization.mxfp4 import BlockScaled
-from moe_jax.routing import Router
 from moe_jax.tagged import Tagged, tag
 from moe_jax.variables import value
 
-ROUTERS = (Router(), Router(renormalize=True), Router(order="before_top_k", renormalize=True))
-"""The routers that may be written; they give the same weights up to rounding."""
+ROUTERS = CHOSEN_SOFTMAX_ROUTERS
+"""The routers that may be written."""
 
 _LEAVES = {
     "blocks": ("expert", "out", "block", "byte"),
@@ -66,13 +65,8 @@ def import_state(
         FormatError: names are missing or not known, or shapes or dtypes do not fit.
         ValueError: `experts_per_token` is not between 1 and the number of experts.
     """
-    own = {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
-    names = {part.name for part in TENSORS}
-    if set(own) != names:
-        raise FormatError(
-            f"the tensors {prefix}* are not those of a gpt-oss layer: missing are "
-            f"{sorted(names - set(own))}, not known are {sorted(set(own) - names)[:8]}"
-        )
+    own = named_below(state, prefix)
+    check_names(own, [part.name for part in TENSORS], prefix)
     fields: dict[str, Tagged] = {}
     for part in TENSORS:
         array = to_numpy(own[part.name])

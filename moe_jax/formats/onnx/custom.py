@@ -29,13 +29,12 @@ from moe_jax.activations import Activation
 from moe_jax.experts.layers import MLP
 from moe_jax.formats.arrays import FLOATS, IN_OUT, check_finite, numpy_of, weight_from_in_out
 from moe_jax.formats.errors import FormatError
-from moe_jax.formats.modules import Layers, check_sayable, experts_of
+from moe_jax.formats.modules import CHOSEN_SOFTMAX_ROUTERS, Layers, check_sayable, experts_of
 from moe_jax.formats.onnx import graph
 from moe_jax.formats.onnx.common import layers_model
 from moe_jax.formats.onnx.custom_function import custom_moe_function as custom_moe_function
 from moe_jax.formats.onnx.writer import Writer
 from moe_jax.layer import MoE
-from moe_jax.routing import Router
 from moe_jax.tagged import tag
 from moe_jax.variables import value
 
@@ -45,8 +44,8 @@ OPERATOR = "CustomMoE"
 MAX_EXPERTS = 128
 MAX_EXPERTS_PER_TOKEN = 8
 
-ROUTERS = (Router(), Router(renormalize=True), Router(order="before_top_k", renormalize=True))
-"""The routers that the node computes; they give the same weights up to rounding."""
+ROUTERS = CHOSEN_SOFTMAX_ROUTERS
+"""The routers that the node computes."""
 
 _DTYPES = ("float32", "float16")
 _SIZES = ("top_k", "num_experts", "in_features", "hidden_features")

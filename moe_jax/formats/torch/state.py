@@ -14,7 +14,13 @@ from moe_jax.formats.arrays import FLOATS, OUT_IN, numpy_of
 from moe_jax.formats.errors import FormatError
 from moe_jax.formats.modules import Layers, as_layers, check_sayable, experts_of
 from moe_jax.formats.torch.layouts import Layout, Tensor
-from moe_jax.formats.torch.tensors import load_tensors, tensor_names, to_numpy
+from moe_jax.formats.torch.tensors import (
+    check_names,
+    load_tensors,
+    named_below,
+    tensor_names,
+    to_numpy,
+)
 from moe_jax.layer import MoE
 from moe_jax.tagged import Tagged, tag
 from moe_jax.variables import value
@@ -78,10 +84,10 @@ def import_state(
         FormatError: names are missing or not known, or shapes or dtypes do not fit.
         ValueError: `experts_per_token` is not between 1 and the number of experts.
     """
-    own = {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
+    own = named_below(state, prefix)
     num_experts = _num_experts(own, layout, prefix)
     expected = [name for part in layout.tensors for name in _names(part, num_experts)]
-    _check_names(own, expected, prefix)
+    check_names(own, expected, prefix)
     fields: dict[str, Tagged] = {}
     for part in layout.tensors:
         fields.update(_read(own, part, num_experts))
@@ -136,16 +142,6 @@ def _num_experts(state: Mapping[str, Any], layout: Layout, prefix: str) -> int:
     if len(shape) != 2:
         raise FormatError(f"{prefix}{name} must be [experts, hidden_size], got {shape}")
     return shape[0]
-
-
-def _check_names(state: Mapping[str, Any], expected: list[str], prefix: str) -> None:
-    missing = sorted(set(expected) - set(state))
-    unknown = sorted(set(state) - set(expected))
-    if missing or unknown:
-        raise FormatError(
-            f"the tensors {prefix}* are not those of the layout: missing are {missing[:8]}, "
-            f"not known are {unknown[:8]}"
-        )
 
 
 def _read(state: Mapping[str, Any], part: Tensor, num_experts: int) -> dict[str, Tagged]:
