@@ -90,6 +90,7 @@ def to_model(
 
     Raises:
         FormatError: a layer is not what the node computes, or beyond the plugin's limits.
+        TypeError: `layers` holds something else than `MoE`.
     """
 
     def add(writer: Writer, layer: MoE, x: str, name: str) -> str:

@@ -77,6 +77,7 @@ def to_model(layers: Layers, *, dtype: str = "float32") -> ModelProto:
 
     Raises:
         FormatError: a layer cannot be said; the message names its field.
+        TypeError: `layers` holds something else than `MoE`.
     """
     if dtype not in DTYPES:
         raise FormatError(f"dtype must be one of {DTYPES}, got {dtype!r}")

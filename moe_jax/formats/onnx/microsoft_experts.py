@@ -66,9 +66,11 @@ class Linear:
     bias: np.ndarray | None
 
     def rows(self, index: np.ndarray) -> "Linear":
+        """The rows `index`, int [n], of every expert, in that order."""
         return Linear(self.weight.rows(index), None if self.bias is None else self.bias[:, index])
 
     def join(self, other: "Linear") -> "Linear":
+        """The rows of both; without a bias where one has none. Raises FormatError as `Matrix`."""
         bias = None
         if self.bias is not None and other.bias is not None:
             bias = np.concatenate([self.bias, other.bias], 1)

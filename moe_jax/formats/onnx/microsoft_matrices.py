@@ -43,6 +43,7 @@ class Matrix:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """Experts, outputs, inputs."""
         return self.values.shape
 
     @property

@@ -96,6 +96,13 @@ def read_experts(
 
     Where hidden and intermediate size are unknown, weights [expert, in, out] of a plain activation
     cannot be told from [expert, out, in], and are taken for the latter.
+
+    Returns:
+        Nodes by name as `read` has them; none where the file has none.
+
+    Raises:
+        FormatError: not an ONNX file, or a node is malformed or beyond what the library can say.
+        OSError: the file cannot be read.
     """
     return {name: _node(found, target, None) for name, found in _nodes(load(source)).items()}
 

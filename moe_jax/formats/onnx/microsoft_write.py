@@ -114,6 +114,7 @@ class LayerGraph:
     constants: list[TensorProto]
 
     def extend(self, other: "LayerGraph") -> None:
+        """Adds what another layer adds, behind the rest."""
         self.nodes.extend(other.nodes)
         self.inputs.extend(other.inputs)
         self.outputs.extend(other.outputs)

@@ -66,10 +66,12 @@ class MoeOperation:
 
     @property
     def num_experts(self) -> int:
+        """E."""
         return self.parameters[0].shape[0]
 
     @property
     def hidden_size(self) -> int:
+        """The size of the tokens that the experts take and make."""
         return self.parameters[0].shape[1]
 
     def __call__(
@@ -78,7 +80,7 @@ class MoeOperation:
         """What the operation computes, by `moe_jax.fused_experts`; not inside `jax.jit`.
 
         Args:
-            hidden_states: float [..., d].
+            hidden_states: [..., d], of the dtype of the weights.
             routing_weights: float, of the shape that `form` says; see `from_openvino_routing`.
             indices: int [tokens, topk] or with the token axes of `hidden_states`.
             form: how the routing weights lie.
@@ -151,8 +153,13 @@ class MoeOperation:
 
 
 def from_inputs(attributes: MoeAttributes, inputs: Sequence[Any]) -> MoeOperation:
-    """The operation from all of its inputs, of which those of the call (the first three) are
-    checked for their number only and may be None."""
+    """The operation from all of its inputs, in OpenVINO's order.
+
+    The first three are those of each call: they are not looked at, and may be None.
+
+    Raises:
+        FormatError, TypeError: as `MoeOperation`.
+    """
     return MoeOperation(attributes, tuple(inputs[len(ROUTING_INPUTS) :]))
 
 
@@ -188,7 +195,7 @@ def _interleaved(experts: GptOssMLP) -> GptOssMLP:
     """The same experts with gate and linear rows in turn, gate first or second as they lie.
 
     Raises:
-        FormatError: `gate_up` is packed, or its rows are odd in number.
+        FormatError: `gate_up` is packed, not of floats, or its rows are odd in number.
     """
     activation = experts.activation
     if not activation.layout.startswith("concatenated"):
@@ -235,4 +242,5 @@ def _stored(name: str, value: Any) -> np.ndarray:
 
 
 def _bias(array: np.ndarray) -> Tagged:
+    """[E, 1, out] as {expert, out}."""
     return tag(array[:, 0], "expert", "out")

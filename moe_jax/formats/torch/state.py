@@ -61,6 +61,7 @@ def write(path: str | os.PathLike[str], layers: Layers, layout: Layout) -> None:
 
     Raises:
         FormatError: a layer is not of the layout's kind; the message names its field.
+        TypeError: `layers` holds something else than `MoE`.
     """
     state: dict[str, np.ndarray] = {}
     for name, layer in as_layers(layers).items():
