@@ -15,6 +15,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from moe_jax.tagged import Tagged
 
@@ -123,23 +124,45 @@ class Activation:
         size = x.size(axis)
         if size % 2:
             raise ValueError(f"{self.kind!r} needs an even size of axis {axis!r}, got {size}")
-        if self.layout.startswith("interleaved"):
+        if _is_interleaved(self.layout):
             lanes = x.split(axis, **{axis: size // 2, "lane": 2})
         else:
             lanes = x.split(axis, **{"lane": 2, axis: size // 2})
         first, second = lanes.take(0, "lane"), lanes.take(1, "lane")
-        return (second, first) if self.layout.endswith("up_first") else (first, second)
+        return (second, first) if _is_up_first(self.layout) else (first, second)
 
     def join_lanes(self, gate: Tagged, up: Tagged, axis: str = "out") -> Tagged:
         """What `lanes` takes apart: gate and linear lane {..., axis} in one."""
         up = up.order(*gate.axes)
-        pair = (up, gate) if self.layout.endswith("up_first") else (gate, up)
+        pair = (up, gate) if _is_up_first(self.layout) else (gate, up)
         position = gate.position(axis)
-        interleaved = self.layout.startswith("interleaved")
+        interleaved = _is_interleaved(self.layout)
         array = jnp.stack([lane.array for lane in pair], position + interleaved)
         lanes = (axis, "lane") if interleaved else ("lane", axis)
         axes = (*gate.axes[:position], *lanes, *gate.axes[position + 1 :])
         return Tagged(array, axes).merge(lanes, axis)
+
+
+def lane_positions(layout: Layout, size: int) -> tuple[np.ndarray, np.ndarray]:
+    """The positions, int64 [size / 2], of gate and of linear lane among `size` that hold both.
+
+    For what is not one array, such as codes and their scales; `Activation.lanes` takes arrays
+    apart.
+    """
+    positions, half = np.arange(size), size // 2
+    if _is_interleaved(layout):
+        first, second = positions[0::2], positions[1::2]
+    else:
+        first, second = positions[:half], positions[half:]
+    return (second, first) if _is_up_first(layout) else (first, second)
+
+
+def _is_interleaved(layout: Layout) -> bool:
+    return layout.startswith("interleaved")
+
+
+def _is_up_first(layout: Layout) -> bool:
+    return layout.endswith("up_first")
 
 
 GPT_OSS_ACTIVATION = Activation("swiglu", alpha=1.702, beta=1.0, limit=7.0, layout="interleaved")

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 import numpy as np
+from mxfp4_oracle import decode_mxfp4
 
 import moe_jax
 from moe_jax import Router, Tagged, tag
@@ -205,18 +206,6 @@ def weight(array: np.ndarray, dtype=jnp.float32) -> Tagged:
 
 def f32(array: np.ndarray, *axes: str) -> Tagged:
     return tag(jnp.asarray(array, jnp.float32), *axes)
-
-
-MXFP4_VALUES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
-
-
-def decode_mxfp4(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    """uint8 [..., block, 16] and [..., block] -> float64 [..., 32 * block], low four bits first."""
-    values = np.empty((*blocks.shape[:-1], 32))
-    values[..., 0::2] = MXFP4_VALUES[blocks & 15]
-    values[..., 1::2] = MXFP4_VALUES[blocks >> 4]
-    values *= np.exp2(scales.astype(np.float64) - 127)[..., None]
-    return values.reshape(*blocks.shape[:-2], -1)
 
 
 def random_mxfp4(

@@ -14,6 +14,7 @@ import moe_layer_report as reporting
 import numpy as np
 import pytest
 from moe_layer_problem import Shape
+from mxfp4_oracle import decode_mxfp4
 from peer_process import PeerError, PeerProcess
 from timing import in_turns, sampler, summary
 
@@ -109,11 +110,7 @@ def _numpy_layer(layer, x, logits):
 
 
 def _decode(packed, expert):
-    codes = packed.blocks[expert].astype(np.int32)
-    nibbles = np.stack([codes & 15, codes >> 4], -1).reshape(*codes.shape[:-1], 32)
-    values = nibbles.astype(np.uint8).view(ml_dtypes.float4_e2m1fn).astype(np.float64)
-    scales = packed.scales[expert].view(ml_dtypes.float8_e8m0fnu).astype(np.float64)
-    return (values * scales[..., None]).reshape(codes.shape[0], -1)
+    return decode_mxfp4(packed.blocks[expert], packed.scales[expert])
 
 
 def test_error_of_nan_is_no_small_error():

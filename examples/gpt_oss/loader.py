@@ -26,8 +26,8 @@ from gpt_oss.layout import ParameterSpec, parameter_specs
 from moe_jax import MoEConfig
 from moe_jax.checkpoint import Checkpoint, CheckpointError, TensorEntry
 from moe_jax.experts.prepare import prepare_experts, prepare_for_devices
-from moe_jax.quantization.mxfp4 import BLOCK_SIZE, BlockScaled, leaf_rules
-from moe_jax.quantization.packed import Packed
+from moe_jax.quantization.mxfp4 import BLOCK_SIZE, BlockScaled
+from moe_jax.quantization.packed import Packed, leaf_rules
 from moe_jax.rules import check_divisible
 from moe_jax.sharding import Sharding
 from moe_jax.tagged import Tagged, tag

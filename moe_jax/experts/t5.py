@@ -7,7 +7,7 @@ import jax
 from moe_jax.activations import Activation
 from moe_jax.experts.base import Expert, Rows
 from moe_jax.norms import Norm
-from moe_jax.quantization.tiled import Packed
+from moe_jax.quantization.packed import Packed
 from moe_jax.tagged import Tagged
 
 

@@ -12,24 +12,22 @@ Source: https://huggingface.co/openai/gpt-oss-20b
 from collections.abc import Mapping
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.activations import GPT_OSS_ACTIVATION, Activation
 from moe_jax.experts.layers import GptOssMLP
 from moe_jax.experts.prepare import restore_experts
 from moe_jax.formats.errors import FormatError
-from moe_jax.formats.modules import check_sayable, experts_of
+from moe_jax.formats.modules import CHOSEN_SOFTMAX_ROUTERS, check_sayable, experts_of
 from moe_jax.formats.torch.layouts import GPT_OSS, Tensor
-from moe_jax.formats.torch.tensors import to_numpy
+from moe_jax.formats.torch.tensors import check_names, named_below, to_numpy
 from moe_jax.layer import MoE
 from moe_jax.quantization.mxfp4 import BlockScaled
-from moe_jax.routing import Router
-from moe_jax.tagged import Tagged
+from moe_jax.tagged import Tagged, tag
 from moe_jax.variables import value
 
-ROUTERS = (Router(), Router(renormalize=True), Router(order="before_top_k", renormalize=True))
-"""The routers that may be written; they give the same weights up to rounding."""
+ROUTERS = CHOSEN_SOFTMAX_ROUTERS
+"""The routers that may be written."""
 
 _LEAVES = {
     "blocks": ("expert", "out", "block", "byte"),
@@ -67,13 +65,8 @@ def import_state(
         FormatError: names are missing or not known, or shapes or dtypes do not fit.
         ValueError: `experts_per_token` is not between 1 and the number of experts.
     """
-    own = {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
-    names = {part.name for part in TENSORS}
-    if set(own) != names:
-        raise FormatError(
-            f"the tensors {prefix}* are not those of a gpt-oss layer: missing are "
-            f"{sorted(names - set(own))}, not known are {sorted(set(own) - names)[:8]}"
-        )
+    own = named_below(state, prefix)
+    check_names(own, [part.name for part in TENSORS], prefix)
     fields: dict[str, Tagged] = {}
     for part in TENSORS:
         array = to_numpy(own[part.name])
@@ -81,7 +74,7 @@ def import_state(
             raise FormatError(
                 f"{prefix}{part.name} must have the axes {part.axes}, got {array.shape}"
             )
-        fields[part.fields[0]] = Tagged(jnp.asarray(array), part.axes)
+        fields[part.fields[0]] = tag(array, *part.axes)
     router = fields["router_weight"]
     weights = {
         field: BlockScaled(fields[f"{field}.blocks"], fields[f"{field}.scales"])

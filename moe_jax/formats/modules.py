@@ -9,11 +9,20 @@ from flax import nnx
 
 from moe_jax.formats.errors import FormatError
 from moe_jax.layer import MoE
+from moe_jax.routing import Router
 from moe_jax.tagged import Tagged, is_tagged
 from moe_jax.variables import Variables, value
 
 _EXECUTION = ("algorithm", "tokens_per_expert_ratio", "overflow", "sharding")
 """Fields of a layer's config that say how it is computed, not what."""
+
+
+CHOSEN_SOFTMAX_ROUTERS = (
+    Router(),
+    Router(renormalize=True),
+    Router(order="before_top_k", renormalize=True),
+)
+"""The routers that weigh by a softmax over the chosen logits; they differ in rounding only."""
 
 
 def moe_layers(model: nnx.Module) -> dict[str, MoE]:
@@ -55,11 +64,16 @@ def as_layers(layers: Layers) -> Mapping[str, MoE]:
                 f"expected moe_jax.MoE layers by name, got {type(layer).__name__} for {name!r}; "
                 f"moe_layers(model) finds those of a model"
             )
-        if not name:
-            raise FormatError("each of several layers needs a name")
-    if not named:
-        raise FormatError("expected at least one layer, got none")
+    check_layer_names(named)
     return named
+
+
+def check_layer_names(layers: Mapping[str, Any]) -> None:
+    """Raises FormatError where there are no layers, or one has an empty name."""
+    if not layers:
+        raise FormatError("expected at least one layer, got none")
+    if not all(layers):
+        raise FormatError("each of several layers needs a name")
 
 
 def load_layers(model: nnx.Module, layers: Mapping[str, MoE]) -> None:

@@ -10,7 +10,6 @@ one group), and its zero points are `zero_points`, packed along groups.
 
 import dataclasses
 import functools
-from collections.abc import Mapping
 from typing import Any, Self
 
 import jax
@@ -18,9 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from moe_jax.quantization.codes import pack_codes, unpack_codes
 from moe_jax.quantization.division import divide
-from moe_jax.quantization.packed import Packed, check_dtypes, check_encodable, float_type
-from moe_jax.rules import Rules
+from moe_jax.quantization.packed import InBlocks, check_dtypes, check_encodable, float_type
 from moe_jax.tagged import Tagged, tag
 
 _BITS = (2, 4, 8)
@@ -29,7 +28,7 @@ _LEAST_SCALE = float(np.finfo(np.float32).tiny)
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
-class PackedIntegers(Packed):
+class PackedIntegers(InBlocks):
     """Integer codes, scales and zero points, seen as an array of floats.
 
     With `codes` {expert, out, group, byte}, the logical axes are (expert, out, in), and `in` is
@@ -43,6 +42,8 @@ class PackedIntegers(Packed):
         axis: name of the logical axis that is cut into groups.
     """
 
+    block = "group"
+
     codes: Tagged
     scales: Tagged
     zero_points: Tagged | None = None
@@ -50,24 +51,14 @@ class PackedIntegers(Packed):
     axis: str = dataclasses.field(default="in", metadata={"static": True})
 
     @property
-    def axes(self) -> tuple[str, ...]:
-        """The logical axes, the one cut into groups last."""
-        return (*self.scales.axes[:-1], self.axis)
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        """The size of each logical axis by name."""
-        sizes = self.check().scales.sizes
-        return {n: sizes[n] for n in self.axes[:-1]} | {self.axis: sizes["group"] * self.group_size}
-
-    @property
     def group_size(self) -> int:
         """Elements that share a scale."""
         return self.codes.shape[-1] * 8 // self.bits
 
-    def rules_for_leaves(self, rules: Rules) -> Mapping[str, str | tuple[str, ...] | None]:
-        """Sharding rules for the leaves; the bytes of a group are never cut."""
-        return {**rules, "group": rules.get(self.axis), "byte": None}
+    @property
+    def block_size(self) -> int:
+        """The same, by the name that all formats in blocks have for it."""
+        return self.group_size
 
     def dequantize(self, dtype: Any = jnp.bfloat16) -> Tagged:
         """The decoded floats {..., in}; see `dequantize_integers`."""
@@ -190,25 +181,6 @@ def _fake_quantize_jvp(
     bits: int, group_size: int | None, axis: str, zero_points: bool, primals: Any, tangents: Any
 ) -> tuple[Tagged, Tagged]:
     return fake_quantize_integers(primals[0], bits, group_size, axis, zero_points), tangents[0]
-
-
-def pack_codes(codes: jax.Array, bits: int) -> jax.Array:
-    """uint8 [..., n] of codes below 2^bits -> uint8 [..., ceil(n bits / 8)], lowest bits first.
-
-    Zeros fill the last byte up.
-    """
-    each = 8 // bits
-    codes = jnp.pad(codes, [(0, 0)] * (codes.ndim - 1) + [(0, -codes.shape[-1] % each)])
-    packed = jnp.zeros((*codes.shape[:-1], codes.shape[-1] // each), jnp.uint8)
-    for place in range(each):
-        packed |= codes[..., place::each] << (bits * place)
-    return packed
-
-
-def unpack_codes(packed: jax.Array, bits: int) -> jax.Array:
-    """uint8 [..., bytes] -> uint8 [..., bytes x 8 / bits], lowest bits first."""
-    places = [packed >> (bits * place) & (2**bits - 1) for place in range(8 // bits)]
-    return jnp.stack(places, -1).reshape(*packed.shape[:-1], -1)
 
 
 def _ranges(x: jax.Array, bits: int, zero_points: bool) -> tuple[jax.Array, jax.Array]:

@@ -11,7 +11,6 @@ Source: OCP Microscaling Formats (MX) Specification, version 1.0, sections 5.3, 
 
 import dataclasses
 import functools
-from collections.abc import Mapping
 from typing import Any, Self
 
 import jax
@@ -19,20 +18,25 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from moe_jax.quantization.packed import Packed, check_dtypes, check_encodable, float_type
-from moe_jax.rules import Rules
+from moe_jax.quantization.codes import pack_codes, unpack_codes
+from moe_jax.quantization.packed import (
+    InBlocks,
+    check_blocks,
+    check_dtypes,
+    check_encodable,
+    float_type,
+)
 from moe_jax.tagged import Tagged, tag
 
 BLOCK_SIZE = 32
 """Elements that share a scale."""
 
-_BYTES_PER_BLOCK = BLOCK_SIZE // 2
 _NAN_SCALE = 255
 
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
-class BlockScaled(Packed):
+class BlockScaled(InBlocks):
     """MXFP4 codes and scales, seen as an array of floats.
 
     The two leaves are all that the pytree holds, and `axis` is the logical axis cut into blocks:
@@ -52,15 +56,9 @@ class BlockScaled(Packed):
     axis: str = dataclasses.field(default="in", metadata={"static": True})
 
     @property
-    def axes(self) -> tuple[str, ...]:
-        """The logical axes, the one cut into blocks last."""
-        return (*self.scales.axes[:-1], self.axis)
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        """The size of each logical axis by name."""
-        sizes = self.check().scales.sizes
-        return {n: sizes[n] for n in self.axes[:-1]} | {self.axis: sizes["block"] * BLOCK_SIZE}
+    def block_size(self) -> int:
+        """Elements that share a scale: 32."""
+        return BLOCK_SIZE
 
     def dequantize(self, dtype: Any = jnp.bfloat16) -> Tagged:
         """The decoded floats {..., in}; see `dequantize_mxfp4`."""
@@ -70,27 +68,8 @@ class BlockScaled(Packed):
         """Returns `self` if blocks and scales are uint8 and belong together; raises otherwise."""
         blocks, scales = self.blocks, self.scales
         check_dtypes("MXFP4", blocks=(blocks, np.uint8), scales=(scales, np.uint8))
-        if scales.axes[-1:] != ("block",) or blocks.axes != (*scales.axes, "byte"):
-            raise ValueError(
-                f"MXFP4 needs blocks {{..., block, byte}} and scales {{..., block}} with equal "
-                f"leading axes, got blocks {blocks} and scales {scales}"
-            )
-        sizes = blocks.sizes
-        if sizes.pop("byte") != _BYTES_PER_BLOCK or sizes != scales.sizes:
-            raise ValueError(
-                f"MXFP4 needs {_BYTES_PER_BLOCK} bytes a block and one scale for each block, "
-                f"got blocks {blocks} and scales {scales}"
-            )
+        check_blocks("MXFP4", blocks, scales, BLOCK_SIZE // 2)
         return self
-
-    def rules_for_leaves(self, rules: Rules) -> Mapping[str, str | tuple[str, ...] | None]:
-        """Sharding rules for blocks and scales; the bytes of a block are never cut."""
-        return leaf_rules(rules, self.axis)
-
-
-def leaf_rules(rules: Rules, axis: str = "in") -> Mapping[str, str | tuple[str, ...] | None]:
-    """Sharding rules for blocks and scales, from rules for the logical axes."""
-    return {**rules, "block": rules.get(axis), "byte": None}
 
 
 def dequantize_mxfp4(packed: BlockScaled, dtype: Any = jnp.bfloat16) -> Tagged:
@@ -107,9 +86,8 @@ def dequantize_mxfp4(packed: BlockScaled, dtype: Any = jnp.bfloat16) -> Tagged:
     dtype = float_type(dtype)
     packed.check()
     blocks = jnp.asarray(packed.blocks.array)
-    codes = jnp.stack([blocks & 15, blocks >> 4], -1).reshape(*blocks.shape[:-1], BLOCK_SIZE)
     scales = jnp.asarray(packed.scales.array)[..., None]
-    bits = _bfloat16_bits(codes.astype(jnp.uint16), scales.astype(jnp.uint16))
+    bits = _bfloat16_bits(unpack_codes(blocks, 4).astype(jnp.uint16), scales.astype(jnp.uint16))
     bits = bits.reshape(*blocks.shape[:-2], blocks.shape[-2] * BLOCK_SIZE)
     return tag(_from_bfloat16_bits(bits, dtype), *packed.axes)
 
@@ -160,9 +138,10 @@ def quantize_mxfp4(w: Tagged, axis: str = "in") -> BlockScaled:
     exponents = (magnitudes.max(-1) >> 23).astype(jnp.int32)
     scales = jnp.where(exponents == 255, _NAN_SCALE, jnp.maximum(exponents - 2, 0))
     codes = _nearest_codes(magnitudes, scales) | (bits >> 31 << 3).astype(jnp.uint8)
-    blocks = codes[..., 0::2] | codes[..., 1::2] << 4
     return BlockScaled(
-        tag(blocks, *lead, "block", "byte"), tag(scales.astype(jnp.uint8), *lead, "block"), axis
+        tag(pack_codes(codes, 4), *lead, "block", "byte"),
+        tag(scales.astype(jnp.uint8), *lead, "block"),
+        axis,
     )
 
 

@@ -15,7 +15,6 @@ is ZML's.
 
 import dataclasses
 import functools
-from collections.abc import Mapping
 from typing import Any, Self
 
 import jax
@@ -23,10 +22,16 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from moe_jax.quantization.codes import pack_codes, unpack_codes
 from moe_jax.quantization.division import divide
 from moe_jax.quantization.fp8 import LARGEST, to_fp8
-from moe_jax.quantization.packed import Packed, check_dtypes, check_encodable, float_type
-from moe_jax.rules import Rules
+from moe_jax.quantization.packed import (
+    InBlocks,
+    check_blocks,
+    check_dtypes,
+    check_encodable,
+    float_type,
+)
 from moe_jax.tagged import Tagged, tag
 
 NVFP4_BLOCK_SIZE = 16
@@ -35,7 +40,6 @@ NVFP4_BLOCK_SIZE = 16
 LEAST_GLOBAL_SCALE = 2.0**-118
 """With less, decoded numbers could be subnormal, which XLA may replace by zero."""
 
-_BYTES_PER_BLOCK = NVFP4_BLOCK_SIZE // 2
 _LARGEST_CODE = 6.0
 _LEAST_SCALE = 2.0**-6
 _NAN_SCALE = 0x7F
@@ -47,7 +51,7 @@ code of the two."""
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True, eq=False)
-class PackedNVFP4(Packed):
+class PackedNVFP4(InBlocks):
     """NVFP4 codes and scales, seen as an array of floats, as `BlockScaled` is for MXFP4.
 
     With `blocks` {expert, out, block, byte}, the logical axes are (expert, out, in), `in` being
@@ -66,21 +70,9 @@ class PackedNVFP4(Packed):
     axis: str = dataclasses.field(default="in", metadata={"static": True})
 
     @property
-    def axes(self) -> tuple[str, ...]:
-        """The logical axes, the one cut into blocks last."""
-        return (*self.scales.axes[:-1], self.axis)
-
-    @property
-    def sizes(self) -> dict[str, int]:
-        """The size of each logical axis by name."""
-        sizes = self.check().scales.sizes
-        return {n: sizes[n] for n in self.axes[:-1]} | {
-            self.axis: sizes["block"] * NVFP4_BLOCK_SIZE
-        }
-
-    def rules_for_leaves(self, rules: Rules) -> Mapping[str, str | tuple[str, ...] | None]:
-        """Sharding rules for the leaves; the bytes of a block are never cut."""
-        return {**rules, "block": rules.get(self.axis), "byte": None}
+    def block_size(self) -> int:
+        """Elements that share a scale: 16."""
+        return NVFP4_BLOCK_SIZE
 
     def dequantize(self, dtype: Any = jnp.bfloat16) -> Tagged:
         """The decoded floats {..., in}; see `dequantize_nvfp4`."""
@@ -95,18 +87,8 @@ class PackedNVFP4(Packed):
             scales=(scales, np.uint8),
             global_scale=(self.global_scale, np.float32),
         )
-        if scales.axes[-1:] != ("block",) or blocks.axes != (*scales.axes, "byte"):
-            raise ValueError(
-                f"NVFP4 needs blocks {{..., block, byte}} and scales {{..., block}} with equal "
-                f"leading axes, got blocks {blocks} and scales {scales}"
-            )
-        sizes = blocks.sizes
-        if sizes.pop("byte") != _BYTES_PER_BLOCK or sizes != scales.sizes:
-            raise ValueError(
-                f"NVFP4 needs {_BYTES_PER_BLOCK} bytes a block and one scale for each block, "
-                f"got blocks {blocks} and scales {scales}"
-            )
-        _check_global_scale(self.global_scale, {n: sizes[n] for n in scales.axes[:-1]})
+        check_blocks("NVFP4", blocks, scales, NVFP4_BLOCK_SIZE // 2)
+        _check_global_scale(self.global_scale, {n: scales.size(n) for n in scales.axes[:-1]})
         return self
 
 
@@ -122,8 +104,7 @@ def dequantize_nvfp4(packed: PackedNVFP4, dtype: Any = jnp.bfloat16) -> Tagged:
     dtype = float_type(dtype)
     packed.check()
     blocks = jnp.asarray(packed.blocks.array)
-    codes = jnp.stack([blocks & 15, blocks >> 4], -1)
-    codes = codes.reshape(*blocks.shape[:-1], NVFP4_BLOCK_SIZE)
+    codes = unpack_codes(blocks, 4)
     magnitudes = jnp.asarray(_MAGNITUDES)[(codes & 7).astype(jnp.int32)]
     values = jnp.where(codes & 8 != 0, -magnitudes, magnitudes)
     scales = _from_e4m3_bits(jnp.asarray(packed.scales.array))
@@ -166,9 +147,11 @@ def quantize_nvfp4(
     step = _from_e4m3_bits(scales) * factor
     codes = _nearest_codes(divide(jnp.abs(x), step[..., None]))
     codes |= jnp.signbit(x).astype(jnp.uint8) << 3
-    blocks = codes[..., 0::2] | codes[..., 1::2] << 4
     return PackedNVFP4(
-        tag(blocks, *lead, "block", "byte"), tag(scales, *lead, "block"), global_scale, axis
+        tag(pack_codes(codes, 4), *lead, "block", "byte"),
+        tag(scales, *lead, "block"),
+        global_scale,
+        axis,
     )
 
 

@@ -8,7 +8,7 @@ with `take`, and decode with `dequantize`. Nothing of it is trained.
 import abc
 import dataclasses
 from collections.abc import Callable, Mapping
-from typing import Any, Self, TypeGuard
+from typing import Any, ClassVar, Self, TypeGuard
 
 import jax
 import jax.numpy as jnp
@@ -106,6 +106,63 @@ class Packed(abc.ABC):
         fields = dataclasses.fields(self)  # pyright: ignore[reportArgumentType]
         parts = (f"{f.name}={_shown(getattr(self, f.name))}" for f in fields)
         return f"{type(self).__name__}({', '.join(parts)})"
+
+
+class InBlocks(Packed):
+    """Base of packed weights that are cut into blocks along one axis, with a scale a block.
+
+    Attributes:
+        scales: {..., block}, the last axis named as `block` says.
+        axis: name of the logical axis that is cut into blocks.
+        block: name of the axis of blocks in the leaves.
+    """
+
+    scales: Tagged
+    block: ClassVar[str] = "block"
+
+    @property
+    @abc.abstractmethod
+    def block_size(self) -> int:
+        """Elements that share a scale."""
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """The logical axes, the one cut into blocks last."""
+        return (*self.scales.axes[:-1], self.axis)
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The size of each logical axis by name."""
+        sizes = self.check().scales.sizes
+        return {n: sizes[n] for n in self.axes[:-1]} | {
+            self.axis: sizes[self.block] * self.block_size
+        }
+
+    def rules_for_leaves(self, rules: Rules) -> Mapping[str, str | tuple[str, ...] | None]:
+        """Sharding rules for the leaves; the bytes of a block are never cut."""
+        return leaf_rules(rules, self.axis, self.block)
+
+
+def leaf_rules(
+    rules: Rules, axis: str = "in", block: str = "block"
+) -> Mapping[str, str | tuple[str, ...] | None]:
+    """Sharding rules for blocks of bytes along `axis`, from rules for the logical axes."""
+    return {**rules, block: rules.get(axis), "byte": None}
+
+
+def check_blocks(what: str, blocks: Tagged, scales: Tagged, bytes_per_block: int) -> None:
+    """Raises ValueError unless blocks {..., block, byte} have a scale {..., block} each."""
+    if scales.axes[-1:] != ("block",) or blocks.axes != (*scales.axes, "byte"):
+        raise ValueError(
+            f"{what} needs blocks {{..., block, byte}} and scales {{..., block}} with equal "
+            f"leading axes, got blocks {blocks} and scales {scales}"
+        )
+    sizes = blocks.sizes
+    if sizes.pop("byte") != bytes_per_block or sizes != scales.sizes:
+        raise ValueError(
+            f"{what} needs {bytes_per_block} bytes a block and one scale for each block, "
+            f"got blocks {blocks} and scales {scales}"
+        )
 
 
 def is_packed(value: Any) -> TypeGuard[Packed]:

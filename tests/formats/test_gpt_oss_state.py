@@ -4,10 +4,10 @@ import dataclasses
 from pathlib import Path
 
 import layer_oracle
-import ml_dtypes
 import numpy as np
 import pytest
 from layer_files import DROPLESS, MXFP4
+from mxfp4_oracle import decode_mxfp4
 
 from moe_jax import GPT_OSS_ACTIVATION, Activation, MoE, Router, prepare_experts, tag
 from moe_jax.formats import FormatError, gpt_oss
@@ -27,14 +27,6 @@ def remade(layer: MoE = MXFP4, **changes) -> MoE:
     return MoE(**(fields | changes))
 
 
-def decoded(blocks: np.ndarray, scales: np.ndarray) -> np.ndarray:
-    """[E, out, K / 32, 16] and [E, out, K / 32] as float64 [E, out, K], by ml_dtypes."""
-    codes = np.stack([blocks & 15, blocks >> 4], -1).view(ml_dtypes.float4_e2m1fn)
-    values = codes.astype(np.float64).reshape(*scales.shape, 32)
-    values *= scales.view(ml_dtypes.float8_e8m0fnu).astype(np.float64)[..., None]
-    return values.reshape(*scales.shape[:-1], -1)
-
-
 def test_the_shipped_checkpoint_against_float64(rng):
     prefix = "model.layers.3.mlp."
     state = load_tensors(NANO, prefix)
@@ -42,7 +34,7 @@ def test_the_shipped_checkpoint_against_float64(rng):
     floats = {}
     for field in ("gate_up", "down"):
         name = f"{prefix}experts.{field}_proj"
-        weight = decoded(state[f"{name}_blocks"], state[f"{name}_scales"])
+        weight = decode_mxfp4(state[f"{name}_blocks"], state[f"{name}_scales"])
         floats[field] = tag(weight.astype(np.float32), "expert", "out", "in")
     plain = MoE(
         dataclasses.replace(layer.experts.tree(), **floats),

@@ -6,6 +6,7 @@ import ml_dtypes
 import numpy as np
 import onnxruntime_tools
 import pytest
+from mxfp4_oracle import nibbles
 from onnx import TensorProto, helper, numpy_helper
 
 import moe_jax
@@ -200,8 +201,7 @@ def test_q4_integer_groups_equal_qmoe(rng, name, record_property, monkeypatch):
 
 def mxfp4_as_integers(w: BlockScaled) -> PackedIntegers:
     """q = 2 x element + 128 in eight bits, scale = 2^(byte - 128): nothing is rounded."""
-    codes = np.asarray(w.blocks.array)
-    codes = np.stack([codes & 15, codes >> 4], -1).reshape(*codes.shape[:-1], 32)
+    codes = nibbles(np.asarray(w.blocks.array))
     doubled = np.array([0, 1, 2, 3, 4, 6, 8, 12])[codes & 7] * np.where(codes & 8, -1, 1)
     scales = np.exp2(np.asarray(w.scales.array).astype(np.float32) - 128)
     return PackedIntegers(

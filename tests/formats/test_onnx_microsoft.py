@@ -10,6 +10,7 @@ import onnx
 import pytest
 from flax import nnx
 from microsoft_oracle import random_layer, record, relative_error, run
+from mxfp4_oracle import decode_mxfp4
 
 import moe_jax
 from moe_jax import Router
@@ -165,9 +166,7 @@ def test_q1_every_code_and_scale_is_carried_exactly(record_property):
     )
     matrix = matrices.matrix_of("up", packed, np.float32)
     with np.errstate(over="ignore"):
-        expected = (oracle.core_oracle.decode_mxfp4(blocks[:, None], scales[:, None])).astype(
-            np.float32
-        )
+        expected = (decode_mxfp4(blocks[:, None], scales[:, None])).astype(np.float32)
         assert matrix.scales.dtype == np.float32 and matrix.values.dtype == np.uint8
         # in float32, as the kernel does it
         blocked = matrix.values.reshape(1, 1, 255, 32).astype(np.float32) - np.float32(128)
@@ -194,7 +193,7 @@ def test_q1_scales_down_to_the_least_survive_ort(rng, record_property, byte):
     for name in ("up", "down"):
         blocks = np.asarray(experts.leaves[f"{name}.blocks"].get_value())
         scales = np.asarray(experts.leaves[f"{name}.scales"].get_value())
-        layer.weights[name] = oracle.core_oracle.decode_mxfp4(blocks, scales)
+        layer.weights[name] = decode_mxfp4(blocks, scales)
     x = tokens(rng, layer)
     error = relative_error(run(microsoft.to_model(layer.ours), x), layer(x))
     record(record_property, error, 1e-6, row="Q1")

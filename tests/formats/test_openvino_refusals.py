@@ -54,7 +54,7 @@ def test_barred_experts_are_refused(rng, name):
     layer = with_router(rng, gated(rng), selection=True)
     variable = getattr(layer, name)
     variable.set_value(variable.get_value().at[3].set(-jnp.inf))
-    refused(layer, f"{name} holds numbers that are not finite")
+    refused(layer, f"{name} must be finite")
 
 
 def test_a_router_for_tokens_of_another_size_is_refused(rng, record_property):

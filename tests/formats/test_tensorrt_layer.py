@@ -267,7 +267,7 @@ class TestConversion:
         wrong = [
             (moe_jax.Identity(), "set_gated_weights takes gated experts"),
             (MLP(plain.up, plain.down), "set_gated_weights takes gated experts"),
-            (packed, "set_gated_weights takes floats, down is BlockScaled"),
+            (packed, "down is BlockScaled.*dequantize"),
             (dataclasses.replace(plain, activation=Activation("geglu")), "activation_type"),
             (
                 dataclasses.replace(plain, activation=Activation("bilinear", limit=1.0)),

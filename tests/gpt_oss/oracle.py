@@ -21,6 +21,7 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
+from mxfp4_oracle import decode_mxfp4
 
 Array = np.ndarray
 Config = Mapping[str, Any]
@@ -71,22 +72,6 @@ def read_tensors(folder: Path) -> dict[str, Array]:
             flat = np.frombuffer(data[begin:end], _FILE_DTYPES[entry["dtype"]])
             tensors[name] = flat.reshape(entry["shape"])
     return tensors
-
-
-def decode_mxfp4(blocks: Array, scales: Array) -> Array:
-    """The numbers an MXFP4 tensor stands for.
-
-    Args:
-        blocks: uint8 [..., K / 32, 16], two E2M1 codes a byte, the even element in the low nibble.
-        scales: uint8 [..., K / 32], E8M0: the power of two 2**(byte - 127); byte 255 is NaN.
-
-    Returns:
-        float64 [..., K].
-    """
-    codes = np.stack([blocks & 0xF, blocks >> 4], axis=-1).reshape(*blocks.shape[:-1], 32)
-    values = codes.view(ml_dtypes.float4_e2m1fn).astype(np.float64)
-    powers = scales.view(ml_dtypes.float8_e8m0fnu).astype(np.float64)
-    return (values * powers[..., None]).reshape(*blocks.shape[:-2], -1)
 
 
 def weights(source: Path | str | Mapping[str, Array]) -> dict[str, Array]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import tiny
+from tiny_configs import config_json
 
 from gpt_oss.config import FULL, REQUIRED_KEYS, SLIDING, GptOssConfig
 from gpt_oss.yarn import YarnScaling
@@ -17,55 +18,17 @@ GENERATION = {"eos_token_id": [200002, 199999, 200012], "pad_token_id": 199999}
 
 def released(layers: int = 24, experts: int = 32) -> dict[str, Any]:
     """The config.json of openai/gpt-oss-20b, or with 36 and 128 of -120b."""
-    return {
-        "architectures": ["GptOssForCausalLM"],
-        "attention_bias": True,
-        "attention_dropout": 0.0,
-        "eos_token_id": 200002,
-        "experts_per_token": 4,
-        "head_dim": 64,
-        "hidden_act": "silu",
-        "hidden_size": 2880,
-        "initial_context_length": 4096,
-        "initializer_range": 0.02,
-        "intermediate_size": 2880,
-        "layer_types": [SLIDING, FULL] * (layers // 2),
-        "max_position_embeddings": 131072,
-        "model_type": "gpt_oss",
-        "num_attention_heads": 64,
-        "num_experts_per_tok": 4,
-        "num_hidden_layers": layers,
-        "num_key_value_heads": 8,
-        "num_local_experts": experts,
-        "output_router_logits": False,
-        "pad_token_id": 199999,
-        "quantization_config": {
-            "modules_to_not_convert": [
-                "model.layers.*.self_attn",
-                "model.layers.*.mlp.router",
-                "model.embed_tokens",
-                "lm_head",
-            ],
-            "quant_method": "mxfp4",
-        },
-        "rms_norm_eps": 1e-05,
-        "rope_scaling": {
-            "beta_fast": 32.0,
-            "beta_slow": 1.0,
-            "factor": 32.0,
-            "original_max_position_embeddings": 4096,
-            "rope_type": "yarn",
-            "truncate": False,
-        },
-        "rope_theta": 150000,
-        "router_aux_loss_coef": 0.9,
-        "sliding_window": 128,
-        "swiglu_limit": 7.0,
-        "tie_word_embeddings": False,
-        "transformers_version": "4.55.0.dev0",
-        "use_cache": True,
-        "vocab_size": 201088,
-    }
+    return config_json(
+        hidden=2880,
+        intermediate=2880,
+        heads=(64, 8, 64),
+        experts=(experts, 4),
+        vocab=201088,
+        window=128,
+        layers="sf" * (layers // 2),
+        eos_token_id=200002,
+        pad_token_id=199999,
+    )
 
 
 @pytest.mark.parametrize(("layers", "experts"), [(24, 32), (36, 128)])

@@ -8,6 +8,7 @@ import re
 import tarfile
 
 import numpy as np
+import o200k
 import pytest
 from openai_harmony import (
     Conversation,
@@ -123,21 +124,9 @@ def test_read_source_checks_the_bytes(tmp_path):
 def test_vocabulary_size_and_control_tokens(tokenizer):
     assert tokenizer.get_vocab_size() == SIZE
     names = [tokenizer.id_to_token(i) for i in range(SIZE - 21, SIZE)]
-    released = {
-        199998: "<|startoftext|>",
-        199999: "<|endoftext|>",
-        200002: "<|return|>",
-        200003: "<|constrain|>",
-        200005: "<|channel|>",
-        200006: "<|start|>",
-        200007: "<|end|>",
-        200008: "<|message|>",
-        200012: "<|call|>",
-        200018: "<|endofprompt|>",
-    }
-    for released_id, name in released.items():
+    for released_id, name in o200k.NAMED.items():
         assert names[released_id - 199998] == name
-    assert sum(name.startswith("<|reserved_") for name in names) == 21 - len(released)
+    assert sum(name.startswith("<|reserved_") for name in names) == 21 - len(o200k.NAMED)
     assert len(set(names)) == 21
 
 

@@ -14,7 +14,7 @@ Style = Literal["released", "transformers5"]
 SLIDING, FULL = "sliding_attention", "full_attention"
 
 
-def _config(
+def config_json(
     *,
     hidden: int,
     intermediate: int,
@@ -94,7 +94,7 @@ def _config(
 
 CONFIGS: dict[str, Config] = {
     # the released model's numbers wherever they are not sizes
-    "released_numbers": _config(
+    "released_numbers": config_json(
         hidden=64,
         intermediate=96,
         heads=(6, 2, 20),
@@ -103,7 +103,7 @@ CONFIGS: dict[str, Config] = {
         window=8,
         layers="sfsf",
     ),
-    "one_expert_per_token": _config(
+    "one_expert_per_token": config_json(
         hidden=96,
         intermediate=32,
         heads=(8, 2, 14),
@@ -113,7 +113,7 @@ CONFIGS: dict[str, Config] = {
         layers="sfs",
         factor=16.0,
     ),
-    "all_experts_per_token": _config(
+    "all_experts_per_token": config_json(
         hidden=32,
         intermediate=64,
         heads=(10, 5, 12),
@@ -125,7 +125,7 @@ CONFIGS: dict[str, Config] = {
         original_max_position_embeddings=2048,
     ),
     # as many key/value heads as query heads
-    "no_grouped_query": _config(
+    "no_grouped_query": config_json(
         hidden=128,
         intermediate=96,
         heads=(3, 3, 18),
@@ -135,7 +135,7 @@ CONFIGS: dict[str, Config] = {
         layers="sfsfs",
         rms_norm_eps=1e-3,
     ),
-    "rope_truncated": _config(
+    "rope_truncated": config_json(
         hidden=64,
         intermediate=128,
         heads=(9, 3, 16),
@@ -151,7 +151,7 @@ CONFIGS: dict[str, Config] = {
         truncate=True,
     ),
     # the fast end of the rope's ramp lies below the first pair of dimensions
-    "rope_ramp_from_zero": _config(
+    "rope_ramp_from_zero": config_json(
         hidden=96,
         intermediate=64,
         heads=(4, 1, 22),
@@ -163,7 +163,7 @@ CONFIGS: dict[str, Config] = {
         original_max_position_embeddings=64,
     ),
     # small bound and another slope: gate and up are clamped often
-    "tight_clamp": _config(
+    "tight_clamp": config_json(
         hidden=32,
         intermediate=128,
         heads=(8, 4, 10),
@@ -175,7 +175,7 @@ CONFIGS: dict[str, Config] = {
         swiglu_alpha=1.25,
     ),
     # everything that a mesh may split divides by 8, the MXFP4 blocks of both matrices included
-    "divisible_by_8": _config(
+    "divisible_by_8": config_json(
         hidden=256,
         intermediate=512,
         heads=(16, 8, 12),
@@ -185,7 +185,7 @@ CONFIGS: dict[str, Config] = {
         layers="sf",
     ),
     # cheap enough for prompts longer than the original 4096 positions
-    "long_context": _config(
+    "long_context": config_json(
         hidden=32,
         intermediate=64,
         heads=(2, 1, 24),

@@ -4,11 +4,10 @@ import dataclasses
 
 import jax.numpy as jnp
 import numpy as np
+from mxfp4_oracle import decode_mxfp4
 
 import moe_jax
 from moe_jax import tag
-
-VALUES = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,12 +27,7 @@ class Packed:
 
     def values(self) -> np.ndarray:
         """float64 [expert, out, in]; NaN where the scale is 255."""
-        values = np.empty((*self.scales.shape, 32))
-        values[..., 0::2] = VALUES[self.blocks & 15]
-        values[..., 1::2] = VALUES[self.blocks >> 4]
-        scales = np.exp2(self.scales.astype(np.float64) - 127)
-        values *= np.where(self.scales == 255, np.nan, scales)[..., None]
-        return values.reshape(*self.scales.shape[:2], -1)
+        return decode_mxfp4(self.blocks, self.scales)
 
     def ours(self) -> moe_jax.BlockScaled:
         axes = "expert", "out", "block"

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import PartitionSpec
+from mxfp4_oracle import decode_mxfp4, nibbles
 
 from moe_jax import Tagged, tag, transforms
 from moe_jax.quantization import (
@@ -24,14 +24,6 @@ MODES = {"eager": lambda f: f, "jit": jax.jit}
 jitted_quantize = jax.jit(quantize_mxfp4, static_argnums=1)
 GRID = np.array([0, 0.5, 1, 1.5, 2, 3, 4, 6])
 TRANSFORMERS = dict(np.load(Path(__file__).with_name("goldens_mxfp4.npz")))
-
-
-def decode(blocks, scales):
-    """Float64 values {..., in} of packed codes, from ml_dtypes' own types."""
-    codes = np.stack([blocks & 15, blocks >> 4], -1).reshape(*scales.shape, 32)
-    elements = codes.view(ml_dtypes.float4_e2m1fn).astype(np.float64)
-    factors = scales.view(ml_dtypes.float8_e8m0fnu).astype(np.float64)
-    return (elements * factors[..., None]).reshape(*scales.shape[:-1], -1)
 
 
 @np.errstate(divide="ignore", invalid="ignore")
@@ -49,11 +41,6 @@ def encode(values):
     codes = np.argmin(np.where(nearest, even, 2), -1)
     codes = codes | np.where(np.signbit(x), 8, 0)
     return codes.astype(np.uint8), np.where(finite, exponent + 127, 255).astype(np.uint8)
-
-
-def unpacked(blocks):
-    blocks = np.asarray(blocks)
-    return np.stack([blocks & 15, blocks >> 4], -1).reshape(*blocks.shape[:-1], 32)
 
 
 def same_floats(got, expected):
@@ -96,7 +83,7 @@ class TestDecode:
         got = MODES[mode](lambda w: w.dequantize(dtype))(weights)
         assert got.axes == ("out", "in")
         with np.errstate(over="ignore"):
-            expected = decode(blocks, scales).astype(dtype)
+            expected = decode_mxfp4(blocks, scales).astype(dtype)
         same_floats(np.asarray(got.array), expected)
 
     @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16], ids=lambda d: jnp.dtype(d).name)
@@ -228,7 +215,7 @@ def check_encoding(values):
     codes, scales = encode(values)
     np.testing.assert_array_equal(got.scales.array, scales)
     known = scales != 255
-    np.testing.assert_array_equal(unpacked(got.blocks.array)[known], codes[known])
+    np.testing.assert_array_equal(nibbles(np.asarray(got.blocks.array))[known], codes[known])
 
 
 class TestEncode:
@@ -275,7 +262,7 @@ class TestEncode:
         values[0, :3] = 7.9, -7.9, 5.5
         got = jitted_quantize(tag(jnp.asarray(values), "out", "in"))
         np.testing.assert_array_equal(got.scales.array, [[127]])
-        np.testing.assert_array_equal(unpacked(got.blocks.array)[0, 0, :3], [7, 15, 7])
+        np.testing.assert_array_equal(nibbles(np.asarray(got.blocks.array))[0, 0, :3], [7, 15, 7])
 
     def test_block_of_zeros(self):
         got = jitted_quantize(tag(jnp.array([[0.0, -0.0] * 16]), "out", "in"))
@@ -298,7 +285,7 @@ class TestEncode:
         scales = np.repeat(np.arange(256, dtype=np.uint8)[:, None], 7, 1)
         first = packed(blocks, scales).dequantize(dtype)
         again = jitted_quantize(first).dequantize(dtype)
-        finite = np.abs(decode(blocks, scales).reshape(256, 7, 32)).max(-1) < 2.0**128
+        finite = np.abs(decode_mxfp4(blocks, scales).reshape(256, 7, 32)).max(-1) < 2.0**128
         assert finite.sum() > 250 * 7
         finite = np.repeat(finite, 32, -1)
         got, expected = np.asarray(again.array), np.asarray(first.array)
@@ -312,7 +299,7 @@ class TestEncode:
         got = jitted_quantize(tag(jnp.asarray(values), "d", "expert", "out"), axis="d")
         assert got.axes == ("expert", "out", "d")
         codes, scales = encode(values.transpose(1, 2, 0))
-        np.testing.assert_array_equal(unpacked(got.blocks.array), codes)
+        np.testing.assert_array_equal(nibbles(np.asarray(got.blocks.array)), codes)
         np.testing.assert_array_equal(got.scales.array, scales)
 
     def test_jit_and_vmap(self, rng):
@@ -344,7 +331,7 @@ class TestFakeQuantize:
         got = fake_quantize_mxfp4(tag(jnp.asarray(values), "in", "out"))
         assert got.axes == ("in", "out") and got.dtype == dtype
         codes, scales = encode(values.T)
-        expected = decode(codes[..., 0::2] | codes[..., 1::2] << 4, scales)
+        expected = decode_mxfp4(codes[..., 0::2] | codes[..., 1::2] << 4, scales)
         np.testing.assert_array_equal(np.asarray(got.array).astype(np.float64), expected.T)
 
     def test_gradient_passes_straight_through(self, rng):

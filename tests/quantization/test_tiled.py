@@ -10,6 +10,7 @@ from core_oracle import assert_same
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from jax.sharding import AxisType, PartitionSpec
+from mxfp4_oracle import nibbles
 
 from moe_jax import BlockScaled, Tagged, TiledMXFP4, tag, tile_mxfp4, transforms
 
@@ -60,8 +61,7 @@ class TestLayout:
     def test_codes_lie_where_the_formulas_say(self, rng, outputs, blocks):
         weight = random_bytes(rng, 2, outputs, blocks)
         words = np.asarray(tile_mxfp4(weight).words.untag(*WORDS))
-        raw = np.asarray(weight.blocks.array)
-        codes = np.stack([raw & 15, raw >> 4], -1).reshape(2, outputs, 32 * blocks)
+        codes = nibbles(np.asarray(weight.blocks.array)).reshape(2, outputs, 32 * blocks)
         whole = np.zeros((2, words.shape[1] * 16, words.shape[2] * 64), np.int64)
         whole[:, :outputs, : 32 * blocks] = codes
         for e, i, j in np.ndindex(words.shape[:3]):

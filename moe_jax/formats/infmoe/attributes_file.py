@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 
 from moe_jax.formats.errors import FormatError
+from moe_jax.formats.infmoe.npz import damage_named, open_npz
 from moe_jax.formats.infmoe.plugin import InfMoEPlugin
-from moe_jax.formats.infmoe.weight_file import damage_named
 
 _FIELDS = {field.name: field for field in dataclasses.fields(InfMoEPlugin)}
 
@@ -26,13 +26,8 @@ def read_attributes(path: str | os.PathLike[str]) -> InfMoEPlugin:
         FileNotFoundError: there is no such file.
     """
     path = os.fspath(path)
-    with open(path, "rb") as opened:
-        with damage_named(path):
-            file = np.load(opened, allow_pickle=False)
-        if not isinstance(file, np.lib.npyio.NpzFile):
-            raise FormatError(f"{path} holds a single array, expected an npz file")
-        with file, damage_named(path):
-            arrays = {name: file[name] for name in file.files}
+    with open_npz(path) as file, damage_named(path):
+        arrays = {name: file[name] for name in file.files}
     needed = {n for n, f in _FIELDS.items() if f.default is dataclasses.MISSING}
     missing, unknown = sorted(needed - set(arrays)), sorted(set(arrays) - set(_FIELDS))
     if missing or unknown:

@@ -4,15 +4,14 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-import jax.numpy as jnp
-
+from moe_jax.formats.arrays import numpy_of
 from moe_jax.formats.errors import FormatError
 from moe_jax.formats.infmoe.plugin import (
+    DTYPES,
     VARIANTS,
     InfMoEPlugin,
     Variant,
     check_norm,
-    float32,
     lookup,
 )
 from moe_jax.formats.infmoe.sublayers import SUBLAYERS, Sublayer
@@ -22,7 +21,7 @@ from moe_jax.layer import MoE
 from moe_jax.mixture_of_experts import AlgorithmChoice
 from moe_jax.norms import Norm
 from moe_jax.sharding.mesh import Sharding
-from moe_jax.tagged import Tagged
+from moe_jax.tagged import tag
 from moe_jax.variables import Variables, value
 
 
@@ -59,11 +58,11 @@ def read_layer(
     scale = plugin.layernorm_weight
     return MoE(
         sublayer.make(arrays, norm),
-        Tagged(jnp.asarray(plugin.expert_centroids), ("expert", "d")),
+        tag(plugin.expert_centroids, "expert", "d"),
         experts_per_token=1,
         router=variant.router,
         remaining_weight=variant.remaining_weight,
-        router_norm_weight=None if scale is None else Tagged(jnp.asarray(scale), ("d",)),
+        router_norm_weight=None if scale is None else tag(scale, "d"),
         router_norm=norm if variant.router_norm else Norm(),
         algorithm=algorithm,
         sharding=sharding,
@@ -94,8 +93,13 @@ def write_layer(
     if norm is not None:
         check_norm("the norm of the experts", norm)
     variant = _variant_of(layer, norm)
-    centroids = float32("router_weight", value(layer.router_weight), ("expert", "d"))
-    scale = layer.router_norm_weight
+    centroids = numpy_of(
+        "router_weight", value(layer.router_weight), ("expert", "d"), dtypes=DTYPES
+    )
+    scale = None
+    if layer.router_norm_weight is not None:
+        tagged = value(layer.router_norm_weight)
+        scale = numpy_of("router_norm_weight", tagged, ("d",), dtypes=DTYPES)
     plugin = InfMoEPlugin(
         expert_count=centroids.shape[0],
         embedding_size=centroids.shape[1],
@@ -104,9 +108,7 @@ def write_layer(
         expert_weight_file=os.fspath(path),
         expert_sublayer_type=name,
         moe_variant=variant,
-        layernorm_weight=None
-        if scale is None
-        else float32("router_norm_weight", value(scale), ("d",)),
+        layernorm_weight=scale,
         max_concurrency=max_concurrency,
     )
     write_arrays(plugin, sublayers[name], sublayers[name].take(experts))

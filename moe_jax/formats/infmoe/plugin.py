@@ -10,7 +10,9 @@ from moe_jax.formats.errors import FormatError
 from moe_jax.mixture_of_experts import RemainingWeight
 from moe_jax.norms import Norm
 from moe_jax.routing import Router
-from moe_jax.tagged import Tagged
+
+DTYPES = ("float32",)
+"""The dtypes of InfMoE's arrays."""
 
 DESCRIBED_NORM = Norm("rms", 1e-6)
 """The norm that InfMoE describes: that of T5."""
@@ -88,15 +90,6 @@ class InfMoEPlugin:
             )
         if self.layernorm_weight is not None:
             _check_attribute("layernorm_weight", self.layernorm_weight, (size,))
-
-
-def float32(name: str, array: Tagged, axes: tuple[str, ...]) -> np.ndarray:
-    """The bare array, axes in order. Raises FormatError unless it is float32."""
-    if array.dtype != np.float32:
-        raise FormatError(f"InfMoE is float32 throughout: cast {name}, which is {array.dtype}")
-    if set(array.axes) != set(axes):
-        raise FormatError(f"{name} must have the axes {{{', '.join(axes)}}}, got {array}")
-    return np.asarray(array.untag(*axes))
 
 
 def check_array(name: str, array: Any, shape: tuple[int, ...]) -> None:

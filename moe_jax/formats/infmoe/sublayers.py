@@ -4,15 +4,15 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.activations import Activation
 from moe_jax.experts import Identity, T5FeedForward
+from moe_jax.formats.arrays import numpy_of
 from moe_jax.formats.errors import FormatError
-from moe_jax.formats.infmoe.plugin import float32
+from moe_jax.formats.infmoe.plugin import DTYPES
 from moe_jax.norms import Norm
-from moe_jax.tagged import Tagged
+from moe_jax.tagged import tag
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,9 +60,7 @@ _T5_FIELDS = {
 
 def _make_t5(arrays: dict[str, np.ndarray], norm: Norm) -> T5FeedForward:
     fields: dict[str, Any] = {
-        field: Tagged(jnp.asarray(arrays[key]), axes)
-        for key, (field, axes) in _T5_FIELDS.items()
-        if key in arrays
+        field: tag(arrays[key], *axes) for key, (field, axes) in _T5_FIELDS.items() if key in arrays
     }
     return T5FeedForward(**fields, norm=norm)
 
@@ -74,14 +72,11 @@ def _take_t5(experts: T5FeedForward) -> dict[str, np.ndarray]:
             f"InfMoE has the activation Activation('geglu_tanh') and no other, "
             f"got activation={experts.activation}"
         )
-    arrays = {}
-    for key, (field, axes) in _T5_FIELDS.items():
-        weight = getattr(experts, field)
-        if isinstance(weight, Tagged):
-            arrays[key] = float32(field, weight, axes)
-        elif weight is not None:
-            raise FormatError(f"InfMoE has no packed weights: dequantize {field} first")
-    return arrays
+    return {
+        key: numpy_of(field, getattr(experts, field), axes, dtypes=DTYPES)
+        for key, (field, axes) in _T5_FIELDS.items()
+        if getattr(experts, field) is not None
+    }
 
 
 SUBLAYERS: Mapping[str, Sublayer] = {

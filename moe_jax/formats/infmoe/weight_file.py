@@ -1,13 +1,11 @@
 """The weight file: an npz file with an array for each expert and parameter."""
 
-import contextlib
-import zipfile
-import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import numpy as np
 
 from moe_jax.formats.errors import FormatError
+from moe_jax.formats.infmoe.npz import damage_named, open_npz
 from moe_jax.formats.infmoe.plugin import InfMoEPlugin, check_array
 from moe_jax.formats.infmoe.sublayers import Sublayer
 
@@ -22,14 +20,7 @@ def read_arrays(plugin: InfMoEPlugin, sublayer: Sublayer) -> dict[str, np.ndarra
         FileNotFoundError: there is no such file.
     """
     path = plugin.expert_weight_file
-    with contextlib.ExitStack() as stack:
-        # opened here, for NumPy leaves what it opened open where it is damaged
-        opened = stack.enter_context(open(path, "rb"))
-        with damage_named(path):
-            file = np.load(opened, allow_pickle=False)
-        if not isinstance(file, np.lib.npyio.NpzFile):
-            raise FormatError(f"{path} holds a single array, expected an npz file")
-        stack.enter_context(file)
+    with open_npz(path) as file:
         keys = _check_keys(path, set(file.files), plugin, sublayer)
         shapes = sublayer.shapes(plugin.embedding_size, plugin.hidden_size)
         arrays = {}
@@ -79,12 +70,3 @@ def _listed(keys: Iterable[str]) -> str:
     ordered = sorted(keys)
     shown = [*ordered[:_MOST_LISTED], *(["..."] if len(ordered) > _MOST_LISTED else [])]
     return ", ".join(shown) or "none"
-
-
-@contextlib.contextmanager
-def damage_named(path: str) -> Iterator[None]:
-    """What NumPy raises for a file that it cannot read, as a FormatError."""
-    try:
-        yield
-    except (ValueError, EOFError, KeyError, zipfile.BadZipFile, zlib.error) as error:
-        raise FormatError(f"{path} is not an npz file of plain arrays: {error}") from error

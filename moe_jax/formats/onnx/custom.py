@@ -22,28 +22,20 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from onnx import FunctionProto, ModelProto
 
 from moe_jax.activations import Activation
 from moe_jax.experts.layers import MLP
+from moe_jax.formats.arrays import FLOATS, IN_OUT, check_finite, numpy_of, weight_from_in_out
 from moe_jax.formats.errors import FormatError
-from moe_jax.formats.modules import Layers, check_sayable, experts_of
+from moe_jax.formats.modules import CHOSEN_SOFTMAX_ROUTERS, Layers, check_sayable, experts_of
 from moe_jax.formats.onnx import graph
-from moe_jax.formats.onnx.common import (
-    FLOATS,
-    WEIGHT_AXES,
-    array_of,
-    check_finite,
-    layers_model,
-    weight_of,
-)
+from moe_jax.formats.onnx.common import layers_model
 from moe_jax.formats.onnx.custom_function import custom_moe_function as custom_moe_function
 from moe_jax.formats.onnx.writer import Writer
 from moe_jax.layer import MoE
-from moe_jax.routing import Router
-from moe_jax.tagged import Tagged
+from moe_jax.tagged import tag
 from moe_jax.variables import value
 
 DOMAIN = "trt.plugins"
@@ -52,8 +44,8 @@ OPERATOR = "CustomMoE"
 MAX_EXPERTS = 128
 MAX_EXPERTS_PER_TOKEN = 8
 
-ROUTERS = (Router(), Router(renormalize=True), Router(order="before_top_k", renormalize=True))
-"""The routers that the node computes; they give the same weights up to rounding."""
+ROUTERS = CHOSEN_SOFTMAX_ROUTERS
+"""The routers that the node computes."""
 
 _DTYPES = ("float32", "float16")
 _SIZES = ("top_k", "num_experts", "in_features", "hidden_features")
@@ -98,6 +90,7 @@ def to_model(
 
     Raises:
         FormatError: a layer is not what the node computes, or beyond the plugin's limits.
+        TypeError: `layers` holds something else than `MoE`.
     """
 
     def add(writer: Writer, layer: MoE, x: str, name: str) -> str:
@@ -197,26 +190,27 @@ def _arrays(layer: MoE, expert_dtype: str | None) -> dict[str, np.ndarray]:
         )
     if expert_dtype not in (None, *_DTYPES):
         raise FormatError(f"expert_dtype must be None or one of {_DTYPES}, got {expert_dtype!r}")
-    router = array_of("router_weight", value(layer.router_weight), ("expert", "d"), {}, FLOATS)
+    router = numpy_of("router_weight", value(layer.router_weight), ("expert", "d"), dtypes=FLOATS)
     check_finite("router_weight", router)
-    sizes = {"expert": router.shape[0]}
-    features = router.shape[1]
+    num_experts, features = router.shape
     taken = _DTYPES if expert_dtype is None else FLOATS
-    up = array_of("up", experts.up, WEIGHT_AXES, {**sizes, "in": features}, taken)
-    if expert_dtype is None:
-        taken = (str(up.dtype),)
+
+    up = numpy_of(
+        "up", experts.up, IN_OUT, sizes={"expert": num_experts, "in": features}, dtypes=taken
+    )
     hidden = up.shape[2]
+    sizes = {"expert": num_experts, "in": hidden, "out": features}
+
+    def rest(field: str, axes: tuple[str, ...], **other: int) -> np.ndarray:
+        dtypes = (str(up.dtype),) if expert_dtype is None else taken
+        value = getattr(experts, field)
+        return numpy_of(field, value, axes, sizes=sizes | other, dtypes=dtypes)
+
     parts = {
         "w1": up,
-        "b1": array_of(
-            "up_bias", experts.up_bias, ("expert", "out"), {**sizes, "out": hidden}, taken
-        ),
-        "w2": array_of(
-            "down", experts.down, WEIGHT_AXES, {**sizes, "in": hidden, "out": features}, taken
-        ),
-        "b2": array_of(
-            "down_bias", experts.down_bias, ("expert", "out"), {**sizes, "out": features}, taken
-        ),
+        "b1": rest("up_bias", ("expert", "out"), out=hidden),
+        "w2": rest("down", IN_OUT),
+        "b2": rest("down_bias", ("expert", "out")),
     }
     rounded = {
         key: graph.finite_cast(key, part, expert_dtype or part.dtype) for key, part in parts.items()
@@ -248,13 +242,13 @@ def _layer(found: graph.Found) -> MoE:
         raise FormatError(f"{where}: weights must all be one of {_DTYPES}, got {dtypes}")
     return MoE(
         MLP(
-            up=weight_of(arrays["w1"]),
-            down=weight_of(arrays["w2"]),
-            up_bias=Tagged(jnp.asarray(arrays["b1"]), ("expert", "out")),
-            down_bias=Tagged(jnp.asarray(arrays["b2"]), ("expert", "out")),
+            up=weight_from_in_out(arrays["w1"]),
+            down=weight_from_in_out(arrays["w2"]),
+            up_bias=tag(arrays["b1"], "expert", "out"),
+            down_bias=tag(arrays["b2"], "expert", "out"),
             activation=Activation("gelu"),
         ),
-        Tagged(jnp.asarray(arrays["router_w"]), ("expert", "d")),
+        tag(arrays["router_w"], "expert", "d"),
         experts_per_token=top_k,
     )
 

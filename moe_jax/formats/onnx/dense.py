@@ -17,23 +17,23 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 import onnx
 from onnx import ModelProto
 
 from moe_jax.activations import Activation
+from moe_jax.formats.arrays import IN_OUT, weight_from_in_out
 from moe_jax.formats.errors import FormatError
 from moe_jax.formats.modules import Layers, check_sayable, experts_of
 from moe_jax.formats.onnx import graph
-from moe_jax.formats.onnx.common import WEIGHT_AXES, layers_model, weight_of
+from moe_jax.formats.onnx.common import layers_model
 from moe_jax.formats.onnx.expert_nodes import EXPERTS, add_experts
 from moe_jax.formats.onnx.routing_nodes import add_routing
 from moe_jax.formats.onnx.writer import Writer, read_notes
 from moe_jax.layer import MoE
 from moe_jax.norms import Norm
 from moe_jax.routing import Router
-from moe_jax.tagged import Tagged
+from moe_jax.tagged import Tagged, tag
 from moe_jax.variables import value
 
 DTYPES = ("float32", "float16")
@@ -77,6 +77,7 @@ def to_model(layers: Layers, *, dtype: str = "float32") -> ModelProto:
 
     Raises:
         FormatError: a layer cannot be said; the message names its field.
+        TypeError: `layers` holds something else than `MoE`.
     """
     if dtype not in DTYPES:
         raise FormatError(f"dtype must be one of {DTYPES}, got {dtype!r}")
@@ -183,7 +184,7 @@ def _layer(name: str, note: Mapping[str, Any], constants: Mapping[str, onnx.Tens
         if tensor is None:
             return None
         array = onnx.numpy_helper.to_array(tensor)
-        return weight_of(array) if "in" in axes else Tagged(jnp.asarray(array), axes)
+        return weight_from_in_out(array) if "in" in axes else tag(array, *axes)
 
     def needed(field: str, *axes: str) -> Tagged:
         found = optional(field, *axes)
@@ -196,7 +197,7 @@ def _layer(name: str, note: Mapping[str, Any], constants: Mapping[str, onnx.Tens
         key: _STATIC[key](**options) for key, options in note["static"].items()
     }
     for part in EXPERTS[kind].matrices:
-        fields[part.weight] = needed(f"experts.{part.weight}", *WEIGHT_AXES)
+        fields[part.weight] = needed(f"experts.{part.weight}", *IN_OUT)
         if part.bias is not None:
             fields[part.bias] = optional(f"experts.{part.bias}", "expert", "out")
     for field in EXPERTS[kind].norm or ():

@@ -12,9 +12,9 @@ import numpy as np
 
 from moe_jax.experts.layers import MLP, GatedMLP, GptOssMLP, Identity
 from moe_jax.experts.t5 import T5FeedForward
+from moe_jax.formats.arrays import FLOATS, IN_OUT, check_all_or_none, numpy_of
 from moe_jax.formats.errors import FormatError
 from moe_jax.formats.onnx.activation_nodes import add_activation, add_combine
-from moe_jax.formats.onnx.common import FLOATS, WEIGHT_AXES, array_of
 from moe_jax.formats.onnx.graph import finite_cast
 from moe_jax.formats.onnx.norm_nodes import add_norm
 from moe_jax.formats.onnx.writer import Writer
@@ -149,39 +149,29 @@ def _constants(
 
 def _arrays(experts: Any, fields: ExpertFields, sizes: Mapping[str, int]) -> dict[str, np.ndarray]:
     """The experts' arrays by field, after a check that they fit each other."""
+    biases = [part.bias for part in fields.matrices if part.bias is not None]
+    check_all_or_none({bias: getattr(experts, bias) for bias in biases})
     count, hidden = {"expert": sizes["expert"]}, sizes["d"]
-    _check_biases(experts, fields)
     arrays: dict[str, np.ndarray] = {}
+
+    def add(field: str, axes: tuple[str, ...], expected: dict[str, int]) -> np.ndarray:
+        value = getattr(experts, field)
+        arrays[field] = numpy_of(field, value, axes, sizes=count | expected, dtypes=FLOATS)
+        return arrays[field]
+
     inner: dict[str, int] = {}
     for part in fields.matrices:
-        expected = {**count, "in": hidden} if part is not fields.down else {**count, **inner}
-        if part is fields.down:
-            expected["out"] = hidden
-        weight = array_of(part.weight, getattr(experts, part.weight), WEIGHT_AXES, expected, FLOATS)
-        arrays[part.weight] = weight
-        if part is not fields.down:
-            inner = {"in": _width(part, experts, fields, inner, weight.shape[2])}
-        bias = None if part.bias is None else getattr(experts, part.bias)
-        if part.bias is not None and bias is not None:
-            wide = {**count, "out": weight.shape[2]}
-            arrays[part.bias] = array_of(part.bias, bias, ("expert", "out"), wide, FLOATS)
+        is_down = part is fields.down
+        expected = {**inner, "out": hidden} if is_down else {"in": hidden}
+        outputs = add(part.weight, IN_OUT, expected).shape[2]
+        if not is_down:
+            inner = {"in": _width(part, experts, fields, inner, outputs)}
+        if part.bias is not None and getattr(experts, part.bias) is not None:
+            add(part.bias, ("expert", "out"), {"out": outputs})
     for field in fields.norm or ():
         if getattr(experts, field) is not None:
-            arrays[field] = array_of(
-                field, getattr(experts, field), ("expert", "d"), {**count, "d": hidden}, FLOATS
-            )
+            add(field, ("expert", "d"), {"d": hidden})
     return arrays
-
-
-def _check_biases(experts: Any, fields: ExpertFields) -> None:
-    """Raises FormatError unless all biases are given or none."""
-    biases = [part.bias for part in fields.matrices if part.bias is not None]
-    missing = [bias for bias in biases if getattr(experts, bias) is None]
-    given = [bias for bias in biases if bias not in missing]
-    if missing and given:
-        raise FormatError(
-            f"{', '.join(missing)} is None and {', '.join(given)} is not: give all or none"
-        )
 
 
 def _width(

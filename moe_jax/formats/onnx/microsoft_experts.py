@@ -9,16 +9,14 @@ from typing import Any, Literal
 
 import numpy as np
 
-from moe_jax.activations import Activation, Kind, Layout
+from moe_jax.activations import Activation, Kind, Layout, lane_positions
 from moe_jax.experts.layers import MLP, GatedMLP, GptOssMLP
+from moe_jax.formats.arrays import check_all_or_none, numpy_of
 from moe_jax.formats.errors import FormatError
 from moe_jax.formats.onnx.graph import finite_cast
 from moe_jax.formats.onnx.microsoft_matrices import (
     Matrix,
-    joined,
-    lanes,
     matrix_of,
-    numpy_of,
     weight_of,
 )
 from moe_jax.formats.onnx.microsoft_schema import ACTIVATION_TYPES, FUSION_LAYOUTS, Target
@@ -68,9 +66,11 @@ class Linear:
     bias: np.ndarray | None
 
     def rows(self, index: np.ndarray) -> "Linear":
+        """The rows `index`, int [n], of every expert, in that order."""
         return Linear(self.weight.rows(index), None if self.bias is None else self.bias[:, index])
 
     def join(self, other: "Linear") -> "Linear":
+        """The rows of both; without a bias where one has none. Raises FormatError as `Matrix`."""
         bias = None
         if self.bias is not None and other.bias is not None:
             bias = np.concatenate([self.bias, other.bias], 1)
@@ -117,7 +117,8 @@ def to_matrices(
     first, *others = _FIELDS[kind]
     if kind == "GatedMLP" and not activation.gated:
         raise FormatError(f"GatedMLP needs a gated activation, got kind {activation.kind!r}")
-    _check_biases(experts, (first, *others, "down"))
+    names = first, *others, "down"
+    check_all_or_none({f"{name}_bias": getattr(experts, f"{name}_bias") for name in names})
     parts = [_linear(experts, name, float_type) for name in (first, *others)]
     down = _linear(experts, "down", float_type)
     outputs = parts[0].weight.shape[1]
@@ -126,7 +127,7 @@ def to_matrices(
     for name, part in zip((first, *others), parts, strict=True):
         _check_shape(name, part, (num_experts, wide, hidden_size))
     _check_shape("down", down, (num_experts, hidden_size, inner))
-    mxfp4 = all(_is_mxfp4(experts, name) for name in (first, *others, "down"))
+    mxfp4 = all(_is_mxfp4(experts, name) for name in names)
     hint = Hint(kind, activation.layout, mxfp4)
     if not activation.gated:
         return ExpertMatrices(parts[0], down, None, activation, 0, hint)
@@ -236,17 +237,11 @@ def _kind_of(experts: Any) -> ExpertKind:
 
 def _linear(experts: Any, name: str, float_type: Any) -> Linear:
     bias: Tagged | None = getattr(experts, f"{name}_bias")
-    array = None if bias is None else numpy_of(bias, "expert", "out")
+    array = None if bias is None else numpy_of(f"{name}_bias", bias, ("expert", "out"))
     return Linear(
         matrix_of(name, getattr(experts, name), float_type),
         None if array is None else finite_cast(f"{name}_bias", array, float_type),
     )
-
-
-def _check_biases(experts: Any, names: tuple[str, ...]) -> None:
-    missing = [f"{n}_bias" for n in names if getattr(experts, f"{n}_bias") is None]
-    if missing and len(missing) < len(names):
-        raise FormatError(f"expected all biases or none, but {', '.join(missing)} is None")
 
 
 def _check_shape(name: str, part: Linear, shape: tuple[int, ...]) -> None:
@@ -265,13 +260,14 @@ def _is_mxfp4(experts: Any, name: str) -> bool:
 
 
 def _split(fused: Linear, layout: Layout) -> tuple[Linear, Linear]:
-    gate, up = lanes(layout, fused.weight.shape[1])
+    gate, up = lane_positions(layout, fused.weight.shape[1])
     return fused.rows(gate), fused.rows(up)
 
 
 def _fuse(gate: Linear, up: Linear, layout: Layout) -> Linear:
     both = gate.join(up)
-    return both.rows(joined(layout, both.weight.shape[1]))
+    order = np.concatenate(lane_positions(layout, both.weight.shape[1]))
+    return both.rows(np.argsort(order))
 
 
 def _complete_biases(matrices: ExpertMatrices) -> ExpertMatrices:

@@ -11,13 +11,14 @@ from typing import Any, Self
 import jax.numpy as jnp
 import numpy as np
 
-from moe_jax.activations import Layout
+from moe_jax.formats.arrays import OUT_IN, numpy_of
 from moe_jax.formats.errors import FormatError
 from moe_jax.formats.onnx.graph import finite_cast
+from moe_jax.quantization.codes import pack_codes, unpack_codes
 from moe_jax.quantization.integer import PackedIntegers
 from moe_jax.quantization.mxfp4 import BLOCK_SIZE, BlockScaled
 from moe_jax.quantization.tiled import TiledMXFP4
-from moe_jax.tagged import Tagged, is_tagged, tag
+from moe_jax.tagged import is_tagged, tag
 
 _TWICE_E2M1 = np.array([0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, -6, -8, -12])
 _ZERO_POINT = 128
@@ -42,6 +43,7 @@ class Matrix:
 
     @property
     def shape(self) -> tuple[int, ...]:
+        """Experts, outputs, inputs."""
         return self.values.shape
 
     @property
@@ -106,7 +108,7 @@ def matrix_of(name: str, weight: Any, float_type: Any) -> Matrix:
     if is_tagged(weight):
         if not jnp.issubdtype(weight.dtype, jnp.floating):
             raise FormatError(f"{name} must be floats or packed, got {weight.dtype} {weight}")
-        return Matrix(finite_cast(name, numpy_of(weight, "expert", "out", "in"), float_type))
+        return Matrix(finite_cast(name, numpy_of(name, weight, OUT_IN), float_type))
     if isinstance(weight, PackedIntegers):
         return _from_integers(name, weight)
     raise FormatError(f"{name} is a {type(weight).__name__}, which QMoE has no form for")
@@ -121,7 +123,7 @@ def weight_of(matrix: Matrix, mxfp4: bool) -> Any:
     """
     if mxfp4:
         return _to_mxfp4(matrix)
-    return _to_integers(matrix) if matrix.bits else tag(matrix.values, "expert", "out", "in")
+    return _to_integers(matrix) if matrix.bits else tag(matrix.values, *OUT_IN)
 
 
 def is_integer(weight: Any) -> bool:
@@ -129,51 +131,15 @@ def is_integer(weight: Any) -> bool:
     return isinstance(weight, BlockScaled | TiledMXFP4 | PackedIntegers)
 
 
-def lanes(layout: Layout, size: int) -> tuple[np.ndarray, np.ndarray]:
-    """The rows of gate and of linear lane among `size` rows that hold both."""
-    rows, half = np.arange(size), size // 2
-    interleaved = layout.startswith("interleaved")
-    first, second = (rows[0::2], rows[1::2]) if interleaved else (rows[:half], rows[half:])
-    return (second, first) if layout.endswith("up_first") else (first, second)
-
-
-def joined(layout: Layout, size: int) -> np.ndarray:
-    """Which row of (gate, linear lane) stands at each of `size` rows of a layout."""
-    return np.argsort(np.concatenate(lanes(layout, size)))
-
-
-def pack(codes: np.ndarray, bits: int) -> np.ndarray:
-    """Codes [..., n], one a byte, in bytes [..., ceil(n * bits / 8)], low bits first."""
-    per_byte = 8 // bits
-    padding = [(0, 0)] * (codes.ndim - 1) + [(0, -codes.shape[-1] % per_byte)]
-    parts = np.pad(codes, padding).reshape(*codes.shape[:-1], -1, per_byte)
-    shifts = np.arange(per_byte, dtype=np.uint8) * bits
-    return np.bitwise_or.reduce(parts << shifts, axis=-1).astype(np.uint8)
-
-
-def unpack(packed: np.ndarray, bits: int, count: int) -> np.ndarray:
-    """The reverse of `pack`, for `count` codes."""
-    shifts = np.arange(8 // bits, dtype=np.uint8) * bits
-    codes = (packed[..., None] >> shifts) & ((1 << bits) - 1)
-    return codes.reshape(*packed.shape[:-1], -1)[..., :count].astype(np.uint8)
-
-
-def numpy_of(value: Tagged, *axes: str) -> np.ndarray:
-    """A tagged array's numbers with the axes in this order. Raises FormatError for other axes."""
-    if set(value.axes) != set(axes):
-        raise FormatError(f"expected the axes {{{', '.join(axes)}}}, got {value}")
-    return np.asarray(value.untag(*axes))
-
-
 def _from_mxfp4(name: str, weight: BlockScaled) -> Matrix:
     weight.check()
     if weight.axis != "in":
         raise FormatError(f"{name} must be in blocks along 'in', got {weight}")
-    blocks = numpy_of(weight.blocks, "expert", "out", "block", "byte")
-    scales = numpy_of(weight.scales, "expert", "out", "block")
+    blocks = numpy_of(name, weight.blocks, ("expert", "out", "block", "byte"))
+    scales = numpy_of(name, weight.scales, ("expert", "out", "block"))
     if (scales == _NAN_SCALE).any():
         raise FormatError(f"{name} holds the scale byte 255 (NaN), which fc_scales cannot say")
-    codes = np.stack([blocks & 15, blocks >> 4], -1).reshape(*blocks.shape[:2], -1)
+    codes = unpack_codes(blocks, 4).reshape(*blocks.shape[:2], -1)
     values = (_TWICE_E2M1 + _ZERO_POINT).astype(np.uint8)[codes]
     powers = np.ldexp(np.float32(1), scales.astype(np.int32) - 128)
     return Matrix(values, powers.astype(np.float32), None, 8)
@@ -194,9 +160,8 @@ def _to_mxfp4(matrix: Matrix) -> BlockScaled:
     code_of[_TWICE_E2M1[:8] + 12] = np.arange(8)
     codes = code_of[matrix.values.astype(np.int32) - _ZERO_POINT + 12]
     codes = codes.reshape(*matrix.scales.shape, BLOCK_SIZE)
-    blocks = codes[..., 0::2] | codes[..., 1::2] << 4
     return BlockScaled(
-        tag(blocks, "expert", "out", "block", "byte"),
+        tag(pack_codes(codes, 4), "expert", "out", "block", "byte"),
         tag(bytes_.astype(np.uint8), "expert", "out", "block"),
     )
 
@@ -205,16 +170,16 @@ def _from_integers(name: str, weight: PackedIntegers) -> Matrix:
     weight.check()
     if weight.axis != "in":
         raise FormatError(f"{name} must be in groups along 'in', got {weight}")
-    packed = numpy_of(weight.codes, "expert", "out", "group", "byte")
-    scales = numpy_of(weight.scales, "expert", "out", "group")
+    packed = numpy_of(name, weight.codes, ("expert", "out", "group", "byte"))
+    scales = numpy_of(name, weight.scales, ("expert", "out", "group"))
     if scales.dtype.name == "bfloat16":  # the CPU kernels lack it, and float32 holds it
         scales = scales.astype(np.float32)
     zero = weight.zero_points
     if zero is not None:
-        zero = numpy_of(zero, "expert", "out", "group")
+        zero = numpy_of(name, zero, ("expert", "out", "group"))
         if (zero >> (weight.bits - 1) > 1).any():
             raise FormatError(f"{name}: zero_points must be below 2^{weight.bits}")
-    codes = unpack(packed, weight.bits, packed.shape[-1] * 8 // weight.bits)
+    codes = unpack_codes(packed, weight.bits)
     return Matrix(codes.reshape(*codes.shape[:2], -1), scales, zero, weight.bits)
 
 
@@ -224,7 +189,7 @@ def _to_integers(matrix: Matrix) -> PackedIntegers:
     codes = matrix.values.reshape(*matrix.scales.shape, matrix.group_size)
     zero = matrix.zero_points
     return PackedIntegers(
-        tag(pack(codes, matrix.bits), "expert", "out", "group", "byte"),
+        tag(pack_codes(codes, matrix.bits), "expert", "out", "group", "byte"),
         tag(matrix.scales, "expert", "out", "group"),
         None if zero is None else tag(zero, "expert", "out", "group"),
         matrix.bits,

@@ -18,7 +18,7 @@ from moe_jax.formats.onnx.microsoft_experts import (
     default_hint,
     from_matrices,
 )
-from moe_jax.formats.onnx.microsoft_matrices import Matrix, unpack
+from moe_jax.formats.onnx.microsoft_matrices import Matrix
 from moe_jax.formats.onnx.microsoft_router_read import (
     canonical,
     read_linear,
@@ -37,6 +37,7 @@ from moe_jax.formats.onnx.microsoft_schema import (
     Target,
 )
 from moe_jax.layer import MoE
+from moe_jax.quantization.codes import unpack_codes
 from moe_jax.routing import Router
 from moe_jax.tagged import Tagged, tag
 
@@ -95,6 +96,13 @@ def read_experts(
 
     Where hidden and intermediate size are unknown, weights [expert, in, out] of a plain activation
     cannot be told from [expert, out, in], and are taken for the latter.
+
+    Returns:
+        Nodes by name as `read` has them; none where the file has none.
+
+    Raises:
+        FormatError: not an ONNX file, or a node is malformed or beyond what the library can say.
+        OSError: the file cannot be read.
     """
     return {name: _node(found, target, None) for name, found in _nodes(load(source)).items()}
 
@@ -320,9 +328,9 @@ def _integers(found: Found, attributes: dict[str, Any], name: str, packed: np.nd
                 f"{describe(found.node)}: {name}_zero_points must be uint8 {list(expected)}, got "
                 f"{zero.dtype} {list(zero.shape)}"
             )
-        zero = unpack(zero, bits, row).reshape(*lead, blocks)
+        zero = unpack_codes(zero, bits)[..., :row].reshape(*lead, blocks)
     scales = scales.reshape(*lead, blocks)
-    return Matrix(unpack(packed, bits, inputs), scales, zero, bits)
+    return Matrix(unpack_codes(packed, bits), scales, zero, bits)
 
 
 def _input(found: Found, name: str) -> str:

@@ -20,9 +20,9 @@ from typing import Any
 import numpy as np
 from onnx import NodeProto, TensorProto
 
+from moe_jax.formats.arrays import check_finite, numpy_of
 from moe_jax.formats.errors import FormatError
 from moe_jax.formats.onnx.graph import data_type, initialiser, node
-from moe_jax.formats.onnx.microsoft_matrices import numpy_of
 from moe_jax.routing import Router
 from moe_jax.tagged import Tagged
 
@@ -95,8 +95,9 @@ def export_router(
     by_score = router.order == "before_top_k" and selection_bias is not None
     select = scores if by_score else logits
     if selection_bias is not None:
-        name = _constant(graph, f"{prefix}selection_bias", numpy_of(selection_bias, "expert"))
-        name = _as_float32(graph, name, selection_bias.dtype)
+        array = numpy_of("selection_bias", selection_bias, ("expert",))
+        name = _constant(graph, f"{prefix}selection_bias", array)
+        name = _as_float32(graph, name, array.dtype)
         select = _add(graph, "Add", [select, name], f"{prefix}router_selection")
     if cast:
         select = _add(graph, "Cast", [select], f"{prefix}router_probs", to=data_type(float_type))
@@ -142,10 +143,8 @@ def _check(
     if not apart:
         return
     for name, value in (("router_bias", bias), ("selection_bias", selection_bias)):
-        if value is not None and not np.isfinite(np.asarray(value.array, np.float32)).all():
-            raise FormatError(
-                f"{name} must be finite: router_weights cannot bar an expert, as -inf does here"
-            )
+        if value is not None:  # router_weights cannot bar an expert, as -inf does here
+            check_finite(name, np.asarray(value.array))
 
 
 def _logits(
@@ -159,19 +158,18 @@ def _logits(
     output: str,
 ) -> str:
     """The logits [tokens, expert] in float32."""
-    array = numpy_of(weight, "expert", "d")
-    if not np.isfinite(array.astype(np.float32)).all():
-        raise FormatError("router_weight must be finite: the operators make zeros of NaN")
+    array = numpy_of("router_weight", weight, ("expert", "d"))
+    check_finite("router_weight", array)  # the operators make zeros of NaN
     shape = _constant(graph, f"{prefix}router_shape", np.array([-1, array.shape[1]], np.int64))
     rows = _add(graph, "Reshape", [x, shape], f"{prefix}router_rows")
     if is_cast:
         rows = _add(graph, "Cast", [rows], f"{prefix}router_input", to=data_type(_FLOAT32))
-    inputs = [rows]
-    for name, value in (("router_weight", weight), ("router_bias", bias)):
-        if value is not None:
-            axes = ("expert", "d") if value is weight else ("expert",)
-            stored = _constant(graph, f"{prefix}{name}", numpy_of(value, *axes))
-            inputs.append(_as_float32(graph, stored, value.dtype))
+    stored = _constant(graph, f"{prefix}router_weight", array)
+    inputs = [rows, _as_float32(graph, stored, array.dtype)]
+    if bias is not None:
+        array = numpy_of("router_bias", bias, ("expert",))
+        stored = _constant(graph, f"{prefix}router_bias", array)
+        inputs.append(_as_float32(graph, stored, array.dtype))
     return _add(graph, "Gemm", inputs, output, transB=1)
 
 

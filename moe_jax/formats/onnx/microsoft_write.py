@@ -27,7 +27,7 @@ from moe_jax.formats.onnx.microsoft_experts import (
     attribute_floats,
     to_matrices,
 )
-from moe_jax.formats.onnx.microsoft_matrices import is_integer, pack
+from moe_jax.formats.onnx.microsoft_matrices import is_integer
 from moe_jax.formats.onnx.microsoft_router import export_router
 from moe_jax.formats.onnx.microsoft_schema import (
     ACTIVATION_TYPES,
@@ -41,6 +41,7 @@ from moe_jax.formats.onnx.microsoft_schema import (
     Target,
 )
 from moe_jax.layer import MoE
+from moe_jax.quantization.codes import pack_codes
 from moe_jax.tagged import Tagged, is_tagged
 from moe_jax.variables import value as tagged_value
 
@@ -113,6 +114,7 @@ class LayerGraph:
     constants: list[TensorProto]
 
     def extend(self, other: "LayerGraph") -> None:
+        """Adds what another layer adds, behind the rest."""
         self.nodes.extend(other.nodes)
         self.inputs.extend(other.inputs)
         self.outputs.extend(other.outputs)
@@ -263,11 +265,11 @@ def _linear_tensors(name: str, part: Linear, row_wise: bool) -> dict[str, np.nda
     found = {} if part.bias is None else {f"{name}_experts_bias": part.bias}
     if weight.scales is None:
         return {f"{name}_experts_weights": weight.values, **found}
-    found[f"{name}_experts_weights"] = pack(weight.values, weight.bits)
+    found[f"{name}_experts_weights"] = pack_codes(weight.values, weight.bits)
     found[f"{name}_scales"] = weight.scales[..., 0] if row_wise else weight.scales
     if weight.zero_points is not None:
         zero = weight.zero_points[..., 0] if row_wise else weight.zero_points
-        found[f"{name}_zero_points"] = pack(zero, weight.bits)
+        found[f"{name}_zero_points"] = pack_codes(zero, weight.bits)
     return found
 
 

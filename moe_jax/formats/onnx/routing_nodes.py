@@ -3,7 +3,7 @@
 import numpy as np
 import onnx
 
-from moe_jax.formats.onnx.common import FLOATS, array_of, check_finite
+from moe_jax.formats.arrays import FLOATS, check_finite, numpy_of
 from moe_jax.formats.onnx.norm_nodes import add_norm
 from moe_jax.formats.onnx.writer import Writer
 from moe_jax.layer import MoE
@@ -50,12 +50,13 @@ def add_routing(writer: Writer, layer: MoE, rows: str, name: str) -> str:
 
 def _logits(writer: Writer, layer: MoE, rows: str, name: str) -> str:
     """float32 [T, E]."""
-    array = array_of("router_weight", value(layer.router_weight), ("expert", "d"), {}, FLOATS)
+    array = numpy_of("router_weight", value(layer.router_weight), ("expert", "d"), dtypes=FLOATS)
     check_finite("router_weight", array)  # of NaN, TopK may make anything
     weight = writer.constant(f"{name}.router_weight", array)
     rows = writer.cast(rows, writer.dtype, _FLOAT32)
     if layer.router_norm_weight is not None:
-        norm = array_of("router_norm_weight", value(layer.router_norm_weight), ("d",), {}, FLOATS)
+        tagged = value(layer.router_norm_weight)
+        norm = numpy_of("router_norm_weight", tagged, ("d",), dtypes=FLOATS)
         constant = writer.constant(f"{name}.router_norm_weight", norm)
         constant = writer.cast(constant, norm.dtype, _FLOAT32)
         rows = add_norm(writer, layer.config.router_norm, rows, constant)
@@ -67,7 +68,7 @@ def _logits(writer: Writer, layer: MoE, rows: str, name: str) -> str:
 
 def _bias(writer: Writer, field: str, tagged: Tagged, name: str) -> str:
     """A constant {expert} as float32."""
-    array = array_of(field, tagged, ("expert",), {}, FLOATS)
+    array = numpy_of(field, tagged, ("expert",), dtypes=FLOATS)
     check_finite(field, array)
     return writer.cast(writer.constant(f"{name}.{field}", array), array.dtype, _FLOAT32)
 

@@ -1,6 +1,6 @@
 """A graph in the making: nodes are added in the order of execution and named as they come.
 
-writer = Writer("float32")
+writer = Writer(np.dtype("float32"))
 x = writer.input("x", ("tokens", 8))
 writer.output(writer.op("Relu", x), "y", ("tokens", 8))
 model = writer.model()

@@ -33,13 +33,21 @@ UP_OFFSET = 1.0
 
 _ORDERS = ("alpha_is_limit", "alpha_is_slope")
 _DEFAULT_LIMIT, _DEFAULT_SLOPE = 0.0, 1.0
-_LANES: tuple[Layout, Layout] = ("interleaved", "interleaved_up_first")
-_KINDS: dict[str, Kind] = {"swiglu": "swiglu", "geglu_tanh": "geglu_tanh", "geglu_erf": "geglu"}
-_ACTIVATION_TYPES: dict[Kind, ActivationType] = {
+
+LANES: tuple[Layout, Layout] = ("interleaved", "interleaved_up_first")
+"""The layout of the matrix that makes both lanes, by `gate_idx`."""
+
+KINDS: dict[ActivationType, Kind] = {
     "swiglu": "swiglu",
     "geglu_tanh": "geglu_tanh",
-    "geglu": "geglu_erf",
+    "geglu_erf": "geglu",
 }
+"""The library's kind of activation by `activation_type`."""
+
+GELU_MODES: dict[ActivationType, str] = {"geglu_erf": "ERF", "geglu_tanh": "TANH"}
+"""`approximation_mode` of the operation Gelu by `activation_type`."""
+
+_ACTIVATION_TYPES: dict[Kind, ActivationType] = {kind: name for name, kind in KINDS.items()}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +80,7 @@ class MoeAttributes:
         _check_choice("expert_type", self.expert_type, tuple(INPUT_NAMES))
         _check_choice("order", self.order, _ORDERS)
         _check_choice("gate_idx", self.gate_idx, (0, 1))
-        _check_choice("activation_type", self.activation_type, tuple(_KINDS))
+        _check_choice("activation_type", self.activation_type, tuple(KINDS))
         if self.two_matrices and self.activation_type != "swiglu":
             raise FormatError(
                 f"activation_type={self.activation_type!r} needs GEMM3_SWIGLU: "
@@ -86,6 +94,7 @@ class MoeAttributes:
 
     @property
     def two_matrices(self) -> bool:
+        """Whether gate and linear lane lie in one matrix: GEMM2_BIAS_SWIGLU_CLAMP."""
         return self.expert_type == "GEMM2_BIAS_SWIGLU_CLAMP"
 
     @property
@@ -110,7 +119,7 @@ class MoeAttributes:
         Raises:
             FormatError: the limit is not positive.
         """
-        kind = _KINDS[self.activation_type]
+        kind = KINDS[self.activation_type]
         if self._looks_exchanged():
             warnings.warn(
                 f"expert_alpha={self.expert_alpha} and expert_beta={self.expert_beta} look "
@@ -130,7 +139,7 @@ class MoeAttributes:
             alpha=self.slope,
             beta=UP_OFFSET,
             limit=self.limit,
-            layout=_LANES[self.gate_idx],
+            layout=LANES[self.gate_idx],
         )
 
     def _looks_exchanged(self) -> bool:
@@ -167,13 +176,13 @@ def clamped_attributes(activation: Activation, order: AttributeOrder) -> MoeAttr
             f"activation.limit={activation.limit}: GEMM2_BIAS_SWIGLU_CLAMP always clamps; give a "
             f"limit beyond all values"
         )
-    if activation.layout not in _LANES:
+    if activation.layout not in LANES:
         raise FormatError(
             f"activation.layout={activation.layout!r}: GEMM2_BIAS_SWIGLU_CLAMP knows "
-            f"{' and '.join(_LANES)}"
+            f"{' and '.join(LANES)}"
         )
     alpha, beta = _ordered(order, activation.limit, activation.alpha)
-    gate_idx = _LANES.index(activation.layout)
+    gate_idx = LANES.index(activation.layout)
     return MoeAttributes("GEMM2_BIAS_SWIGLU_CLAMP", order, alpha, beta, gate_idx)
 
 

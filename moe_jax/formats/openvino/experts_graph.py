@@ -15,12 +15,11 @@ single expert is not recognised either, for its Tile does nothing. Such graphs c
 import numpy as np
 
 from moe_jax.formats.errors import FormatError
-from moe_jax.formats.openvino.attributes import UP_OFFSET, MoeAttributes
+from moe_jax.formats.openvino.attributes import GELU_MODES, UP_OFFSET, MoeAttributes
 from moe_jax.formats.openvino.nodes import Node, floats, integers, op, scalar, single
 from moe_jax.formats.openvino.operation import MoeOperation
 
 _END = int(np.iinfo(np.int64).max)
-_GELU = {"geglu_erf": "ERF", "geglu_tanh": "TANH"}
 
 
 def combined_experts(operation: MoeOperation, flat: Node, ids: Node, weights: Node) -> Node:
@@ -77,8 +76,8 @@ def _three_matrices(
 
 
 def _activated(gate: Node, attributes: MoeAttributes) -> Node:
-    if attributes.activation_type in _GELU:
-        return op.gelu(gate, _GELU[attributes.activation_type])
+    if attributes.activation_type in GELU_MODES:
+        return op.gelu(gate, GELU_MODES[attributes.activation_type])
     if attributes.slope != 1.0:
         raise FormatError(
             f"activation.alpha={attributes.slope}: OpenVINO fuses three matrices with the slope 1 "

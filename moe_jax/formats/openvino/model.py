@@ -19,7 +19,7 @@ from flax import nnx
 
 from moe_jax.experts.base import Expert
 from moe_jax.formats.errors import FormatError
-from moe_jax.formats.modules import experts_of, moe_layers
+from moe_jax.formats.modules import check_layer_names, experts_of, moe_layers
 from moe_jax.formats.openvino import parse
 from moe_jax.formats.openvino.experts_graph import combined_experts
 from moe_jax.formats.openvino.nodes import Node, integers, op, ov
@@ -88,10 +88,7 @@ def _by_name(layers: Any) -> Mapping[str, MoE | Expert]:
     if isinstance(layers, nnx.Module):
         return moe_layers(layers)
     named = layers if isinstance(layers, Mapping) else {"moe": layers}
-    if not named:
-        raise FormatError("expected at least one layer, got none")
-    if not all(named):
-        raise FormatError("each of several layers needs a name")
+    check_layer_names(named)
     return named
 
 

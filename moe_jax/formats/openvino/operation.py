@@ -14,6 +14,7 @@ import numpy as np
 
 from moe_jax.experts import GatedMLP, GptOssMLP
 from moe_jax.experts.base import Expert
+from moe_jax.formats.arrays import FLOATS, OUT_IN, numpy_of, weight_from_in_out
 from moe_jax.formats.errors import FormatError
 from moe_jax.formats.openvino.attributes import (
     INPUT_NAMES,
@@ -25,7 +26,7 @@ from moe_jax.formats.openvino.attributes import (
 )
 from moe_jax.formats.openvino.routing import RoutingForm, from_openvino_routing
 from moe_jax.mixture_of_experts import fused_experts
-from moe_jax.tagged import Tagged, is_tagged
+from moe_jax.tagged import Tagged, tag
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -65,10 +66,12 @@ class MoeOperation:
 
     @property
     def num_experts(self) -> int:
+        """E."""
         return self.parameters[0].shape[0]
 
     @property
     def hidden_size(self) -> int:
+        """The size of the tokens that the experts take and make."""
         return self.parameters[0].shape[1]
 
     def __call__(
@@ -77,7 +80,7 @@ class MoeOperation:
         """What the operation computes, by `moe_jax.fused_experts`; not inside `jax.jit`.
 
         Args:
-            hidden_states: float [..., d].
+            hidden_states: [..., d], of the dtype of the weights.
             routing_weights: float, of the shape that `form` says; see `from_openvino_routing`.
             indices: int [tokens, topk] or with the token axes of `hidden_states`.
             form: how the routing weights lie.
@@ -113,9 +116,13 @@ class MoeOperation:
         if self.attributes.two_matrices:
             gate_up, gate_up_bias, down, down_bias = self.parameters
             return GptOssMLP(
-                _weight(gate_up), _bias(gate_up_bias), _weight(down), _bias(down_bias), activation
+                weight_from_in_out(gate_up),
+                _bias(gate_up_bias),
+                weight_from_in_out(down),
+                _bias(down_bias),
+                activation,
             )
-        gate, up, down = (_weight(parameter) for parameter in self.parameters)
+        gate, up, down = (weight_from_in_out(parameter) for parameter in self.parameters)
         return GatedMLP(gate, up, down, activation=activation)
 
     def _check_shapes(self) -> None:
@@ -146,8 +153,13 @@ class MoeOperation:
 
 
 def from_inputs(attributes: MoeAttributes, inputs: Sequence[Any]) -> MoeOperation:
-    """The operation from all of its inputs, of which those of the call (the first three) are
-    checked for their number only and may be None."""
+    """The operation from all of its inputs, in OpenVINO's order.
+
+    The first three are those of each call: they are not looked at, and may be None.
+
+    Raises:
+        FormatError, TypeError: as `MoeOperation`.
+    """
     return MoeOperation(attributes, tuple(inputs[len(ROUTING_INPUTS) :]))
 
 
@@ -183,22 +195,26 @@ def _interleaved(experts: GptOssMLP) -> GptOssMLP:
     """The same experts with gate and linear rows in turn, gate first or second as they lie.
 
     Raises:
-        FormatError: `gate_up` is packed, or its rows are odd in number.
+        FormatError: `gate_up` is packed, not of floats, or its rows are odd in number.
     """
     activation = experts.activation
     if not activation.layout.startswith("concatenated"):
         return experts
-    gate_up = float_array("gate_up", experts.gate_up, "expert", "out", "in")
-    bias = float_array("gate_up_bias", experts.gate_up_bias, "expert", "out")
-    if gate_up.shape[1] % 2:
-        raise FormatError(f"gate_up must have an even number of rows, got {gate_up.shape[1]}")
-    rows = np.arange(gate_up.shape[1]).reshape(2, -1).T.ravel()
-    layout = "interleaved" if activation.layout == "concatenated" else "interleaved_up_first"
+    gate_up = tag(numpy_of("gate_up", experts.gate_up, OUT_IN, dtypes=FLOATS), *OUT_IN)
+    bias_axes = "expert", "out"
+    bias = numpy_of("gate_up_bias", experts.gate_up_bias, bias_axes, dtypes=FLOATS)
+    rows = gate_up.size("out")
+    if rows % 2:
+        raise FormatError(f"gate_up must have an even number of rows, got {rows}")
+    in_turn = dataclasses.replace(
+        activation,
+        layout="interleaved" if activation.layout == "concatenated" else "interleaved_up_first",
+    )
     return dataclasses.replace(
         experts,
-        gate_up=Tagged(jnp.asarray(gate_up[:, rows]), ("expert", "out", "in")),
-        gate_up_bias=Tagged(jnp.asarray(bias[:, rows]), ("expert", "out")),
-        activation=dataclasses.replace(activation, layout=layout),
+        gate_up=in_turn.join_lanes(*activation.lanes(gate_up)),
+        gate_up_bias=in_turn.join_lanes(*activation.lanes(tag(bias, *bias_axes))),
+        activation=in_turn,
     )
 
 
@@ -218,33 +234,13 @@ def _checked_gated(experts: Expert) -> GatedMLP:
     return experts
 
 
-def float_array(name: str, value: Any, *axes: str) -> np.ndarray:
-    """The array of a float leaf with its axes in this order.
-
-    Raises:
-        FormatError: it is packed, or of a dtype other than float32, float16, bfloat16.
-    """
-    if not is_tagged(value):
-        raise FormatError(
-            f"{name} is {type(value).__name__}: only float weights can be written. "
-            f"Decode it first with its method dequantize"
-        )
-    array = np.asarray(value.untag(*axes))
-    if array.dtype not in (jnp.float32, jnp.float16, jnp.bfloat16):
-        raise FormatError(f"{name} is {array.dtype}: expected float32, float16 or bfloat16")
-    return array
-
-
 def _stored(name: str, value: Any) -> np.ndarray:
     """A weight {expert, out, in} as [E, in, out] (a view), a bias {expert, out} as [E, 1, out]."""
     if name.endswith("_bias"):
-        return float_array(name, value, "expert", "out")[:, None]
-    return float_array(name, value, "expert", "out", "in").swapaxes(1, 2)
-
-
-def _weight(array: np.ndarray) -> Tagged:
-    return Tagged(jnp.asarray(array.swapaxes(1, 2)), ("expert", "out", "in"))
+        return numpy_of(name, value, ("expert", "out"), dtypes=FLOATS)[:, None]
+    return numpy_of(name, value, OUT_IN, dtypes=FLOATS).swapaxes(1, 2)
 
 
 def _bias(array: np.ndarray) -> Tagged:
-    return Tagged(jnp.asarray(array[:, 0]), ("expert", "out"))
+    """[E, 1, out] as {expert, out}."""
+    return tag(array[:, 0], "expert", "out")

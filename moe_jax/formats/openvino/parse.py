@@ -6,19 +6,18 @@ the graph of what was read.
 
 from typing import Literal
 
-import jax.numpy as jnp
 import numpy as np
 
 from moe_jax.activations import Activation, Kind
 from moe_jax.experts import GatedMLP, GptOssMLP
 from moe_jax.formats.errors import FormatError
-from moe_jax.formats.openvino.attributes import UP_OFFSET
+from moe_jax.formats.openvino.attributes import GELU_MODES, KINDS, LANES, UP_OFFSET
 from moe_jax.formats.openvino.nodes import Node, array_of, single
 from moe_jax.layer import MoE
 from moe_jax.routing import Router
-from moe_jax.tagged import Tagged
+from moe_jax.tagged import Tagged, tag
 
-_GELU: dict[str, Kind] = {"ERF": "geglu", "TANH": "geglu_tanh"}
+_GELU_KINDS: dict[str, Kind] = {mode: KINDS[name] for name, mode in GELU_MODES.items()}
 _SCORES: dict[str, Literal["softmax", "sigmoid"]] = {"Softmax": "softmax", "Sigmoid": "sigmoid"}
 
 
@@ -104,7 +103,7 @@ def _two_matrices(last: Node) -> GptOssMLP:
         alpha=_number(follow(swish, 1)),
         beta=UP_OFFSET,
         limit=_number(follow(minimum, 1)),
-        layout="interleaved" if lane == 0 else "interleaved_up_first",
+        layout=LANES[lane != 0],
     )
     return GptOssMLP(
         gate_up=_tagged(follow(both, 0, 1), "expert", "out", "in"),
@@ -120,7 +119,7 @@ def _three_matrices(last: Node) -> GatedMLP:
     activated = follow(product, 0)
     kind: Kind = "swiglu"
     if activated.get_type_name() == "Gelu":
-        kind = _GELU[activated.get_attributes()["approximation_mode"].upper()]
+        kind = _GELU_KINDS[activated.get_attributes()["approximation_mode"].upper()]
     weights = follow(activated, 0, 1), follow(product, 1, 1), follow(last, 1)
     gate, up, down = (_tagged(node, "expert", "out", "in") for node in weights)
     return GatedMLP(gate, up, down, activation=Activation(kind))
@@ -130,12 +129,12 @@ _EXPERTS = {"Add": _two_matrices, "MatMul": _three_matrices}
 
 
 def _tagged(node: Node, *axes: str) -> Tagged:
-    return Tagged(jnp.asarray(_shaped(node, len(axes))), axes)
+    return tag(_shaped(node, len(axes)), *axes)
 
 
 def _bias(node: Node) -> Tagged:
     """[E, 1, out] as {expert, out}."""
-    return Tagged(jnp.asarray(_shaped(node, 3)[:, 0]), ("expert", "out"))
+    return tag(_shaped(node, 3)[:, 0], "expert", "out")
 
 
 def _shaped(node: Node, ndim: int) -> np.ndarray:

@@ -11,10 +11,10 @@ that an expert is barred, so all parameters must be finite.
 
 import numpy as np
 
+from moe_jax.formats.arrays import FLOATS, check_finite, numpy_of
 from moe_jax.formats.errors import FormatError
 from moe_jax.formats.modules import check_sayable
 from moe_jax.formats.openvino.nodes import Node, floats, integers, op, scalar, single
-from moe_jax.formats.openvino.operation import float_array
 from moe_jax.layer import MoE
 from moe_jax.routing import Router
 from moe_jax.variables import value
@@ -70,9 +70,8 @@ def _check(layer: MoE) -> None:
 
 
 def _finite(name: str, layer: MoE, *axes: str) -> np.ndarray:
-    array = float_array(name, value(getattr(layer, name)), *axes)
-    if not np.isfinite(array.astype(np.float32)).all():
-        raise FormatError(f"{name} holds numbers that are not finite, which the graph cannot bar")
+    array = numpy_of(name, value(getattr(layer, name)), axes, dtypes=FLOATS)
+    check_finite(name, array)
     return array
 
 

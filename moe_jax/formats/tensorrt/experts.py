@@ -5,10 +5,10 @@ from typing import Any
 
 from moe_jax.experts.layers import MLP, GatedMLP, GptOssMLP
 from moe_jax.experts.quantized import QuantizedGatedMLP
+from moe_jax.formats.arrays import check_unpacked
 from moe_jax.formats.errors import FormatError
 from moe_jax.formats.tensorrt.layer import MoELayer
 from moe_jax.formats.tensorrt.settings import MoEActType, Quantization, Swiglu
-from moe_jax.quantization.packed import is_packed
 from moe_jax.tagged import Tagged
 
 
@@ -95,9 +95,5 @@ def _matrices(experts: GatedMLP) -> list[tuple[str, Any]]:
 
 def _floats(weight: Any, name: str) -> Tagged:
     """The weight. Raises FormatError where it is packed."""
-    if is_packed(weight):
-        raise FormatError(
-            f"set_gated_weights takes floats, {name} is {type(weight).__name__}: decode it with "
-            f"dequantize"
-        )
+    check_unpacked(name, weight)
     return weight

@@ -92,13 +92,22 @@ class MoELayer:
         self.biases = gate, up, down
 
     def set_swiglu_params(self, limit: float, alpha: float, beta: float) -> None:
-        """Sets the three parameters of SwiGLU, in TensorRT's order."""
+        """Sets the three parameters of SwiGLU, in TensorRT's order; see `Swiglu`.
+
+        Raises:
+            FormatError: `limit` is not positive, or `alpha` or `beta` not finite.
+        """
         self.swiglu = Swiglu(float(limit), float(alpha), float(beta))
 
     def set_quantization_static(self, fc_down_activation_scale: Any, data_type: DataType) -> None:
         """Quantises the rows that go into fcDown with scales [] or [E] that are known beforehand.
 
         Takes the place of dynamic quantisation, if that was set.
+
+        Raises:
+            FormatError: the scales have another shape or are not positive, or `data_type` is no
+                `DataType`.
+            TypeError: the scales are not floats.
         """
         self._quantize(
             method=Method.STATIC,
@@ -117,6 +126,9 @@ class MoELayer:
 
         Takes the place of static quantisation, if that was set. The documentation gives no shape
         for the second scale; [] and [E] are taken, as for the static one.
+
+        Raises:
+            FormatError, TypeError: as `set_quantization_static`.
         """
         name = "fc_down_activation_dbl_q_scale"
         self._quantize(

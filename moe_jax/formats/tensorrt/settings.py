@@ -166,7 +166,12 @@ class Quantization:
 
 
 def as_scale(name: str, scale: Any) -> Tagged:
-    """A scale of shape [] or [E], named. Raises FormatError unless its numbers are positive."""
+    """A scale, bare [] or [E] or `Tagged`, as {} or {expert}.
+
+    Raises:
+        FormatError: it has another shape or axes, or numbers that are not positive and finite.
+        TypeError: it is not of floats.
+    """
     if not is_tagged(scale):
         scale = jnp.asarray(scale)
         if scale.ndim > 1:

@@ -4,6 +4,7 @@ import dataclasses
 
 from moe_jax.activations import GPT_OSS_ACTIVATION, Activation
 from moe_jax.experts.layers import MLP, GatedMLP, GptOssMLP
+from moe_jax.formats.arrays import IN_OUT, OUT_IN
 from moe_jax.routing import Router
 
 
@@ -47,8 +48,6 @@ class Layout:
 
 _NORMALIZED = Router(order="before_top_k", renormalize=True)
 _ROUTER = ("expert", "d")
-_IN_OUT = ("expert", "in", "out")
-OUT_IN = ("expert", "out", "in")
 _BIAS = ("expert", "out")
 
 DROPLESS = Layout(
@@ -57,9 +56,9 @@ DROPLESS = Layout(
     _NORMALIZED,
     (
         Tensor("router.weight", ("router_weight",), _ROUTER),
-        Tensor("w1", ("up",), _IN_OUT),
+        Tensor("w1", ("up",), IN_OUT),
         Tensor("b1", ("up_bias",), _BIAS),
-        Tensor("w2", ("down",), _IN_OUT),
+        Tensor("w2", ("down",), IN_OUT),
         Tensor("b2", ("down_bias",), _BIAS),
     ),
 )
@@ -72,9 +71,9 @@ GPT_OSS = Layout(
     (
         Tensor("router.weight", ("router_weight",), _ROUTER),
         Tensor("router.bias", ("router_bias",), ("expert",)),
-        Tensor("experts.gate_up_proj", ("gate_up",), _IN_OUT),
+        Tensor("experts.gate_up_proj", ("gate_up",), IN_OUT),
         Tensor("experts.gate_up_proj_bias", ("gate_up_bias",), _BIAS),
-        Tensor("experts.down_proj", ("down",), _IN_OUT),
+        Tensor("experts.down_proj", ("down",), IN_OUT),
         Tensor("experts.down_proj_bias", ("down_bias",), _BIAS),
     ),
 )

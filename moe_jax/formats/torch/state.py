@@ -5,21 +5,25 @@ import os
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import jax.numpy as jnp
 import numpy as np
 from safetensors.numpy import save_file
 
 from moe_jax.activations import Activation
 from moe_jax.experts.layers import GatedMLP
+from moe_jax.formats.arrays import FLOATS, OUT_IN, numpy_of
 from moe_jax.formats.errors import FormatError
 from moe_jax.formats.modules import Layers, as_layers, check_sayable, experts_of
-from moe_jax.formats.torch.layouts import OUT_IN, Layout, Tensor
-from moe_jax.formats.torch.tensors import load_tensors, tensor_names, to_numpy
+from moe_jax.formats.torch.layouts import Layout, Tensor
+from moe_jax.formats.torch.tensors import (
+    check_names,
+    load_tensors,
+    named_below,
+    tensor_names,
+    to_numpy,
+)
 from moe_jax.layer import MoE
-from moe_jax.tagged import Tagged
+from moe_jax.tagged import Tagged, tag
 from moe_jax.variables import value
-
-_FLOATS = ("float32", "float16", "bfloat16")
 
 
 def read(path: str | os.PathLike[str], layout: Layout, *, experts_per_token: int) -> dict[str, MoE]:
@@ -57,6 +61,7 @@ def write(path: str | os.PathLike[str], layers: Layers, layout: Layout) -> None:
 
     Raises:
         FormatError: a layer is not of the layout's kind; the message names its field.
+        TypeError: `layers` holds something else than `MoE`.
     """
     state: dict[str, np.ndarray] = {}
     for name, layer in as_layers(layers).items():
@@ -80,10 +85,10 @@ def import_state(
         FormatError: names are missing or not known, or shapes or dtypes do not fit.
         ValueError: `experts_per_token` is not between 1 and the number of experts.
     """
-    own = {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
+    own = named_below(state, prefix)
     num_experts = _num_experts(own, layout, prefix)
     expected = [name for part in layout.tensors for name in _names(part, num_experts)]
-    _check_names(own, expected, prefix)
+    check_names(own, expected, prefix)
     fields: dict[str, Tagged] = {}
     for part in layout.tensors:
         fields.update(_read(own, part, num_experts))
@@ -109,7 +114,7 @@ def export_state(layer: MoE, layout: Layout, *, prefix: str = "") -> dict[str, n
     state: dict[str, np.ndarray] = {}
     for part in layout.tensors:
         axes = ("expert", *part.axes) if part.per_expert else part.axes
-        arrays = [_array(layer, experts, field, axes) for field in part.fields]
+        arrays = [numpy_of(field, _field(layer, experts, field), axes) for field in part.fields]
         array = np.concatenate(arrays, axes.index("out")) if len(arrays) > 1 else arrays[0]
         names = _names(part, num_experts)
         # each tensor in memory of its own, in order
@@ -140,16 +145,6 @@ def _num_experts(state: Mapping[str, Any], layout: Layout, prefix: str) -> int:
     return shape[0]
 
 
-def _check_names(state: Mapping[str, Any], expected: list[str], prefix: str) -> None:
-    missing = sorted(set(expected) - set(state))
-    unknown = sorted(set(state) - set(expected))
-    if missing or unknown:
-        raise FormatError(
-            f"the tensors {prefix}* are not those of the layout: missing are {missing[:8]}, "
-            f"not known are {unknown[:8]}"
-        )
-
-
 def _read(state: Mapping[str, Any], part: Tensor, num_experts: int) -> dict[str, Tagged]:
     """The fields of one part, weights as {expert, out, in}."""
     arrays = [to_numpy(state[name]) for name in _names(part, num_experts)]
@@ -159,7 +154,7 @@ def _read(state: Mapping[str, Any], part: Tensor, num_experts: int) -> dict[str,
     array, axes = arrays[0], part.axes
     if part.per_expert:
         array, axes = np.stack(arrays), ("expert", *axes)
-    if str(array.dtype) not in _FLOATS:
+    if str(array.dtype) not in FLOATS:
         raise FormatError(f"{part.name} must be floats, got {array.dtype}")
     if array.ndim != len(axes):
         raise FormatError(f"{part.name} must have the axes {axes}, got the shape {array.shape}")
@@ -174,10 +169,7 @@ def _read(state: Mapping[str, Any], part: Tensor, num_experts: int) -> dict[str,
                 f"multiple of it"
             )
         pieces = np.split(array, len(part.fields), place)
-    return {
-        field: Tagged(jnp.asarray(piece), axes)
-        for field, piece in zip(part.fields, pieces, strict=True)
-    }
+    return {field: tag(piece, *axes) for field, piece in zip(part.fields, pieces, strict=True)}
 
 
 def _check_sizes(layout: Layout, fields: Mapping[str, Tagged]) -> None:
@@ -233,11 +225,5 @@ def _same(experts: type, found: Any, expected: Any) -> bool:
     return found == expected
 
 
-def _array(layer: MoE, experts: Any, field: str, axes: tuple[str, ...]) -> np.ndarray:
-    """A field with its axes in order. Raises FormatError where it is packed."""
-    if field.startswith("router"):
-        return np.asarray(value(getattr(layer, field)).untag(*axes))
-    tagged = getattr(experts, field)
-    if not isinstance(tagged, Tagged):
-        raise FormatError(f"{field} is {type(tagged).__name__}: dequantize it")
-    return np.asarray(tagged.untag(*axes))
+def _field(layer: MoE, experts: Any, field: str) -> Any:
+    return value(getattr(layer, field)) if field.startswith("router") else getattr(experts, field)

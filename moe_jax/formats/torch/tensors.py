@@ -5,7 +5,7 @@ PyTorch is imported by `to_torch` alone.
 
 import importlib
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +13,7 @@ import ml_dtypes
 import numpy as np
 
 from moe_jax.checkpoint import Checkpoint
+from moe_jax.formats.errors import FormatError
 from moe_jax.safetensors_file import open_file, read_exactly, read_header
 
 
@@ -45,6 +46,27 @@ def load_tensors(path: str | os.PathLike[str], prefix: str = "") -> dict[str, np
                 target = tensors[name].reshape(-1).view(np.uint8)
                 read_exactly(file, entry.offset, memoryview(target))
     return tensors
+
+
+def named_below(state: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """The tensors whose names begin with `prefix`, by what follows it."""
+    return {name.removeprefix(prefix): t for name, t in state.items() if name.startswith(prefix)}
+
+
+def check_names(own: Collection[str], expected: Collection[str], prefix: str) -> None:
+    """Raises FormatError unless a layer has tensors of the expected names and no others.
+
+    Args:
+        own: the names that begin with `prefix`, without it.
+        expected: the names of a layer, likewise.
+        prefix: for the message.
+    """
+    missing, unknown = sorted(set(expected) - set(own)), sorted(set(own) - set(expected))
+    if missing or unknown:
+        raise FormatError(
+            f"the tensors {prefix}* are not those of the layout: missing are {missing[:8]}, "
+            f"not known are {unknown[:8]}"
+        )
 
 
 def to_torch(state: Mapping[str, np.ndarray]) -> dict[str, Any]:
