@@ -11,6 +11,8 @@ from core_oracle import clamped_swiglu, expert_choice, f32, route, softmax, weig
 import moe_jax
 from moe_jax import Router, mixture_of_experts
 
+pytestmark = pytest.mark.usefixtures("little_compiling")
+
 EXPERTS, HIDDEN, WIDE, K = 4, 5, 3, 2
 NAMES = ("gate_up", "gate_up_bias", "down", "down_bias", "x", "logits")
 

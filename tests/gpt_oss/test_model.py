@@ -15,6 +15,8 @@ from gpt_oss.initialization import random_parameters
 from gpt_oss.model import GptOss, RMSNorm
 from moe_jax import Tagged, tag
 
+pytestmark = pytest.mark.usefixtures("little_compiling")
+
 GOLDENS = np.load(Path(__file__).with_name("goldens.npz"))
 TOLERANCE = 5e-5
 """Largest difference of logits (of up to 7) in float32."""

@@ -102,10 +102,10 @@ def test_two_processes_answer_as_one(checkpoint, capsys):
 def test_a_seed_that_is_drawn_is_the_same_for_all(checkpoint):
     """Otherwise they would choose different tokens; a batch is not split over data either."""
     port = free_port()
-    flags = ["--mesh", "data=2,model=2", *SAMPLED]
+    flags = ["--mesh", "data=2,model=2", "--ignore-eos", *SAMPLED]
     first, second = ends(*(start(checkpoint, i, port, *flags) for i in range(2)))
     assert (first[0], second[0]) == (0, 0), first[2] + second[2]
-    assert len(first[1]) > 10
+    assert first[1].strip() and "ended by length" in first[2]
 
 
 @pytest.mark.slow

@@ -16,6 +16,8 @@ from moe_jax import BlockScaled, Tagged, tag
 from moe_jax.kernels.grouped_matmul import grouped_matmul
 from moe_jax.kernels.grouped_matmul.reference import choose_block_size, plan_blocks
 
+pytestmark = pytest.mark.usefixtures("little_compiling")
+
 NEEDS_GPU = pytest.mark.skipif(jax.default_backend() != "gpu", reason="needs an NVIDIA GPU")
 IMPLEMENTATIONS = [
     pytest.param("xla", id="xla_by_name"),
