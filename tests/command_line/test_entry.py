@@ -76,6 +76,8 @@ def test_errors_that_are_ours_are_not_hidden(tmp_path, monkeypatch):
     def fault(*arguments):
         raise AttributeError("a fault")
 
+    # who takes the function by its name must not take this one, and keep it
+    importlib.import_module("moe_jax.command_line.convert")
     monkeypatch.setattr("moe_jax.command_line.sources.open_source", fault)
     with pytest.raises(AttributeError):
         main(["inspect", str(tmp_path)])
