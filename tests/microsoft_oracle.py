@@ -213,7 +213,7 @@ def run(model, x):
     return one.run(None, {one.get_inputs()[0].name: x})[0]
 
 
-def record(record_property, error, bound, **names):
+def check_error(record_property, error, bound, **names):
     """Records what a test is about and the error it measured, and checks the error."""
     for name, text in {**names, "error": error, "with": ORT}.items():
         record_property(name, text)

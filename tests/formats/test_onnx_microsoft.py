@@ -9,7 +9,7 @@ import numpy as np
 import onnx
 import pytest
 from flax import nnx
-from microsoft_oracle import random_layer, record, relative_error, run
+from microsoft_oracle import check_error, random_layer, relative_error, run
 from mxfp4_oracle import decode_mxfp4
 
 import moe_jax
@@ -53,7 +53,7 @@ def check_router(rng, record_property, row):
     model = microsoft.to_model(layer.ours)
     attributes = oracle.attributes_of(oracle.node_of(model))
     assert attributes["normalize_routing_weights"] == normalize and attributes["k"] == 2
-    record(record_property, errors(layer, tokens(rng, layer)), 1e-6, row=row)
+    check_error(record_property, errors(layer, tokens(rng, layer)), 1e-6, row=row)
 
 
 def test_r1_softmax_after_top_k_matches_ort(rng, record_property):
@@ -88,7 +88,7 @@ def test_r7_separate_selection_and_weights_match_ort(
     if not renormalize:
         ours = np.asarray(jax.jit(lambda x: layer.ours(x))(x))
         error = max(error, relative_error(run(model, x), ours))
-    record(record_property, error, 1e-6, row="R7")
+    check_error(record_property, error, 1e-6, row="R7")
 
 
 def test_r2_of_qmoe_says_its_weights_apart(rng, record_property):
@@ -96,7 +96,7 @@ def test_r2_of_qmoe_says_its_weights_apart(rng, record_property):
     layer = random_layer(
         rng, router=Router(order="before_top_k"), sizes=PACKED_SIZES, make=oracle.mxfp4_weight
     )
-    record(record_property, errors(layer, tokens(rng, layer)), 1e-6, row="R2")
+    check_error(record_property, errors(layer, tokens(rng, layer)), 1e-6, row="R2")
     model = microsoft.to_model(layer.ours)
     node = oracle.node_of(model)
     del node.input[8:]
@@ -113,7 +113,7 @@ def test_e1_plain_activation_matches_ort(rng, record_property, kind, biases):
         error = errors(layer, x)
     else:
         error = relative_error(run(microsoft.to_model(layer.ours), x), layer(x))
-    record(record_property, error, 1.7e-6, row="E1")
+    check_error(record_property, error, 1.7e-6, row="E1")
 
 
 LAYOUTS = ["interleaved", "interleaved_up_first", "concatenated", "concatenated_up_first"]
@@ -126,19 +126,19 @@ def test_e4_clamped_swiglu_of_every_layout_matches_ort(rng, record_property, lay
     x = tokens(rng, layer, scale=12.0)
     hidden = np.abs(np.einsum("td,ehd->teh", x, layer.weights["up"]))
     assert (hidden > 7).mean() > 0.1
-    record(record_property, errors(layer, x), 3e-6, row="E4")
+    check_error(record_property, errors(layer, x), 3e-6, row="E4")
 
 
 def test_e4_gpt_oss_experts_match_ort(rng, record_property):
     layer = random_layer(rng, experts="GptOssMLP", activation=GPT_OSS_ACTIVATION)
-    record(record_property, errors(layer, tokens(rng, layer, scale=12.0)), 3e-6, row="E4")
+    check_error(record_property, errors(layer, tokens(rng, layer, scale=12.0)), 3e-6, row="E4")
 
 
 @pytest.mark.parametrize("biases", [False, True])
 def test_e3_three_matrices_match_ort(rng, record_property, biases):
     """The CPU kernel has no fc3; gate and up go into one matrix."""
     layer = random_layer(rng, experts="GatedMLP", activation=Activation("swiglu"), biases=biases)
-    record(record_property, errors(layer, tokens(rng, layer)), 4e-6, row="E3")
+    check_error(record_property, errors(layer, tokens(rng, layer)), 4e-6, row="E3")
 
 
 def test_q1_mxfp4_as_int8_matches_ort(rng, record_property):
@@ -152,7 +152,7 @@ def test_q1_mxfp4_as_int8_matches_ort(rng, record_property):
     model = microsoft.to_model(layer.ours)
     attributes = oracle.attributes_of(oracle.node_of(model))
     assert (attributes["expert_weight_bits"], attributes["block_size"]) == (8, 32)
-    record(record_property, errors(layer, tokens(rng, layer)), 2e-6, row="Q1")
+    check_error(record_property, errors(layer, tokens(rng, layer)), 2e-6, row="Q1")
 
 
 def test_q1_every_code_and_scale_is_carried_exactly(record_property):
@@ -176,7 +176,7 @@ def test_q1_every_code_and_scale_is_carried_exactly(record_property):
     np.testing.assert_array_equal(again.scales.array, packed.scales.array)
     # code 8 is minus zero, which becomes zero
     np.testing.assert_array_equal(again.blocks.array, np.where(blocks == 0x88, 0, blocks)[:, None])
-    record(record_property, 0.0, 0.0, row="Q1")
+    check_error(record_property, 0.0, 0.0, row="Q1")
 
 
 @pytest.mark.parametrize("byte", [0, 1, 126])
@@ -196,7 +196,7 @@ def test_q1_scales_down_to_the_least_survive_ort(rng, record_property, byte):
         layer.weights[name] = decode_mxfp4(blocks, scales)
     x = tokens(rng, layer)
     error = relative_error(run(microsoft.to_model(layer.ours), x), layer(x))
-    record(record_property, error, 1e-6, row="Q1")
+    check_error(record_property, error, 1e-6, row="Q1")
 
 
 @pytest.mark.parametrize("zero_points", [False, True])
@@ -214,7 +214,7 @@ def test_q4_integers_match_ort(rng, record_property, bits, group_size, zero_poin
         error = errors(layer, x)
     else:
         error = relative_error(run(microsoft.to_model(layer.ours), x), layer(x))
-    record(record_property, error, 1e-6, row="Q4")
+    check_error(record_property, error, 1e-6, row="Q4")
 
 
 def test_x3_rows_of_any_rank_and_number(rng, record_property):
@@ -223,7 +223,7 @@ def test_x3_rows_of_any_rank_and_number(rng, record_property):
     x = tokens(rng, layer, 6)
     expected = layer(x)
     error = relative_error(run(model, x.reshape(2, 3, -1)), expected.reshape(2, 3, -1))
-    record(record_property, error, 1e-6, row="X3")
+    check_error(record_property, error, 1e-6, row="X3")
     assert run(microsoft.to_model(layer.ours), x[:0]).shape == (0, 5)
     record_property("bad_input", "T=0")
 
@@ -242,7 +242,7 @@ def test_x3_float_type_casts_bfloat16_without_loss(rng, record_property):
     layer = random_layer(rng, dtype=jnp.bfloat16)
     x = tokens(rng, layer)
     model = microsoft.to_model(layer.ours, float_type=np.float32)
-    record(record_property, relative_error(run(model, x), layer(x)), 1e-6, row="X3")
+    check_error(record_property, relative_error(run(model, x), layer(x)), 1e-6, row="X3")
 
 
 class Model(nnx.Module):
@@ -266,7 +266,7 @@ def test_x3_all_layers_of_a_model_with_external_data(rng, record_property, tmp_p
         relative_error(session.run([f"{name}.y"], inputs)[0], one(inputs[f"{name}.x"]))
         for name, one in named.items()
     )
-    record(record_property, error, 1e-6, row="X3")
+    check_error(record_property, error, 1e-6, row="X3")
     again = microsoft.read(path)
     assert list(again) == list(named)
     for name, layer in named.items():
@@ -284,7 +284,7 @@ def test_x3_round_trip_is_bit_for_bit(rng, record_property, experts, layout):
         for target in (microsoft.CPU, microsoft.CUDA):
             model = microsoft.to_model(layer, target=target)
             oracle.assert_same_layer(microsoft.read(model, target=target)["moe"], layer)
-    record(record_property, 0.0, 0.0, row="X3")
+    check_error(record_property, 0.0, 0.0, row="X3")
 
 
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
@@ -296,7 +296,7 @@ def test_x3_round_trip_of_types(rng, record_property, dtype):
             variable.set_value(variable.get_value().astype(router_type))
         model = microsoft.to_model(layer, target=microsoft.CUDA)
         oracle.assert_same_layer(microsoft.read(model)["moe"], layer)
-    record(record_property, 0.0, 0.0, row="X3")
+    check_error(record_property, 0.0, 0.0, row="X3")
 
 
 def test_q1_prepared_experts_are_written_as_those_they_were_made_of(rng, record_property):
@@ -313,7 +313,7 @@ def test_q1_prepared_experts_are_written_as_those_they_were_made_of(rng, record_
         experts_per_token=2,
     )
     assert microsoft.to_model(prepared) == microsoft.to_model(layer)
-    record(record_property, 0.0, 0.0, row="Q1")
+    check_error(record_property, 0.0, 0.0, row="Q1")
 
 
 def test_x3_round_trip_of_mxfp4(rng, record_property):
@@ -323,4 +323,4 @@ def test_x3_round_trip_of_mxfp4(rng, record_property):
             rng, sizes=PACKED_SIZES, make=make, experts=experts, activation=Activation("swiglu")
         ).ours
         oracle.assert_same_layer(microsoft.read(microsoft.to_model(layer))["moe"], layer)
-    record(record_property, 0.0, 0.0, row="X3")
+    check_error(record_property, 0.0, 0.0, row="X3")
