@@ -37,9 +37,10 @@ from sharded_measure import Measurement, Plan, Reference
 from sharded_model import MeshModel, Prompts
 from timing import gpu_state, reason
 
+from gpt_oss.chunks import prefill_chunks
 from gpt_oss.config import GptOssConfig
-from gpt_oss.engine import PREFILL_CHUNKS
 from gpt_oss.mesh import describe, fault
+from moe_jax.kernels.lowering import has_kernels
 
 AXES: tuple[str, ...] = ("data", "expert", "model")
 PARTS = ("parts", "model")
@@ -83,8 +84,13 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     add("--parts", nargs="+", choices=PARTS, default=list(PARTS))
     add("--batch", type=int, nargs="*", default=[1, 8, 32, 128, 256], help="rows to decode")
     add("--prefill", nargs="*", default=["1x8192", "4x8192"], help="prompts, as ROWSxTOKENS")
-    add("--chunk", type=int, default=PREFILL_CHUNKS[-1], help="tokens of a prompt at a time")
-    add("--reaches", type=int, default=2, help="programs of a prompt; fewer look further in vain")
+    add("--chunk", type=int, help="tokens of a row at a time; else as the engine takes them")
+    add(
+        "--reaches",
+        type=int,
+        default=1,
+        help="programs of a prompt; without kernels, fewer compute more",
+    )
     add("--context", type=int, default=1024, help="tokens before those that are decoded")
     add("--steps", type=int, default=32, help="tokens that one call decodes")
     add("--sizes", type=int, nargs="+", default=[1, 8, 32, 128, 512, 2048, 8192, 32768])
@@ -274,7 +280,8 @@ class Bench:
 
 def _prompts(text: str, options: argparse.Namespace) -> Prompts:
     rows, length = map(int, text.split("x"))
-    chunk = min(options.chunk, length)
+    kernels = has_kernels(jax.devices())
+    chunk = min(options.chunk or prefill_chunks(rows, kernels)[-1], length)
     if length % chunk:
         raise ValueError(f"--prefill {text}: {length} tokens are no multiple of --chunk {chunk}")
     steps = max(1, min(options.reaches, length // chunk))

@@ -1,46 +1,82 @@
-"""Grouped-query attention with sinks and sliding windows.
+"""The attention of gpt-oss, on the devices that have its heads and rows."""
 
-A sink is one logit a head that joins the softmax and is then dropped, so that a head can attend to
-nothing. What a query may see is told by positions alone, never by where a key lies in memory: the
-same function serves a whole prompt, a chunk of one, a single token, and rows of different length.
-
-Scores and softmax are float32. They are the largest arrays of a long prompt, so queries are taken
-in blocks where all scores at once would pass `SCORE_BUDGET`.
-
-References:
-    grouped queries, https://arxiv.org/abs/2305.13245
-    sinks, https://arxiv.org/abs/2309.17453
-"""
+import functools
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax import lax
 
+from gpt_oss.cache import LayerCache, Span
+from gpt_oss.config import GptOssConfig
+from gpt_oss.layers import Linear
+from gpt_oss.layout import Parameters
+from gpt_oss.placement import constrained
+from gpt_oss.rope import Angles, rotate
+from moe_jax.kernels.attention import EMPTY
+from moe_jax.kernels.attention import attend as attend_by_position
+from moe_jax.sharding import Sharding
 from moe_jax.tagged import Tagged, tag
-
-EMPTY = -1
-"""The position of a key slot that holds nothing."""
-
-SCORE_BUDGET = 2**28
-"""Most scores (4 bytes each) that are held at once."""
+from moe_jax.variables import param, value
 
 
-def visible(q_positions: Tagged, k_positions: Tagged, window: int | None) -> Tagged:
-    """Which keys a query sees: bool {b, q, k}.
+class Attention(nnx.Module):
+    """Grouped-query attention with rotary positions, sinks and, in sliding layers, a window.
 
-    A query sees keys at its own position and before, the last `window` of them where there is one.
-
-    Args:
-        q_positions: int32 {b, q}.
-        k_positions: int32 {b, k}; `EMPTY` where there is no key.
-        window: keys a query sees at most, its own included, or None.
+    Attributes:
+        q_proj, k_proj, v_proj, o_proj: `Linear`, all with a bias.
+        sinks: Param of {h}.
+        window: keys a query sees, or None for all before it.
+        head_dim: features of a head.
+        sharding: the devices over which heads are spread, or None.
     """
-    q = q_positions.untag("b", "q")[:, :, None]
-    k = k_positions.untag("b", "k")[:, None, :]
-    mask = (k >= 0) & (k <= q)
-    if window is not None:
-        mask &= k > q - window
-    return tag(mask, "b", "q", "k")
+
+    def __init__(
+        self,
+        config: GptOssConfig,
+        parameters: Parameters,
+        layer: int,
+        sharding: Sharding | None = None,
+    ) -> None:
+        prefix = f"model.layers.{layer}.self_attn."
+
+        def linear(name: str) -> Linear:
+            stem = f"{prefix}{name}"
+            return Linear(parameters(f"{stem}.weight"), parameters(f"{stem}.bias"))
+
+        self.q_proj, self.k_proj = linear("q_proj"), linear("k_proj")
+        self.v_proj, self.o_proj = linear("v_proj"), linear("o_proj")
+        self.sinks = param(parameters(f"{prefix}sinks"))
+        self.window = config.window(layer)
+        self.head_dim = config.head_dim
+        self.sharding = sharding
+
+    def __call__(
+        self,
+        x: Tagged,
+        angles: Angles,
+        cache: LayerCache | None = None,
+        span: Span | None = None,
+        reach: int | None = None,
+    ) -> tuple[Tagged, LayerCache | None]:
+        """{b, s, d} -> {b, s, d} and the extended cache, if there was one."""
+        q = self.q_proj(x, "d").split("h_hd", h=-1, hd=self.head_dim)
+        k = self.k_proj(x, "d").split("kv_hd", kv=-1, hd=self.head_dim)
+        v = self.v_proj(x, "d").split("kv_hd", kv=-1, hd=self.head_dim)
+        q, k = rotate(q, angles).rename(s="q"), rotate(k, angles)
+        k, v = (part.rename(s="k").order("b", "kv", "k", "hd") for part in (k, v))
+        q, k, v = (constrained(part, self.sharding) for part in (q, k, v))
+        sinks = value(self.sinks)
+        if cache is None or span is None:
+            out = attend_causally(q, k, v, sinks, self.window, self.sharding)
+        else:
+            seen, cache = cache.extend(k, v, span, reach)
+            at = span.positions(q.size("q")).rename(s="q")
+            where = at, seen.positions, self.window, self.sharding
+            out = attend(q, seen.keys, seen.values, sinks, *where)
+        out = out.rename(q="s").order("b", "s", "h", "hd").merge(("h", "hd"), "h_hd")
+        out = constrained(out, self.sharding)
+        return constrained(self.o_proj(out, "h_hd"), self.sharding), cache
 
 
 def attend(
@@ -51,8 +87,11 @@ def attend(
     q_positions: Tagged,
     k_positions: Tagged,
     window: int | None,
+    sharding: Sharding | None = None,
 ) -> Tagged:
     """Attention of queries over keys, by position.
+
+    With a sharding each device has the heads and rows that its rules say, and needs no others.
 
     Args:
         queries: {b, q, h, hd}; head i reads key and value head i // (h / kv).
@@ -61,29 +100,37 @@ def attend(
         sinks: {h}.
         q_positions: int32 {b, q}.
         k_positions: int32 {b, k}; `EMPTY` where there is no key.
-        window: see `visible`.
+        window: keys a query sees at most, its own included, or None.
+        sharding: the devices that take part, or None for one.
 
     Returns:
         {b, q, h, hd} with the dtype of `queries`. A query that sees no key gets zeros.
     """
-    count, per_query = queries.size("q"), queries.size("b") * queries.size("h") * keys.size("k")
-    block = max(1, SCORE_BUDGET // per_query)
-    if count <= block:
-        return _attend_block(queries, keys, values, sinks, q_positions, k_positions, window)
-    q, p = (_in_blocks(x, "q", block) for x in (queries.order("b", "q", "h", "hd"), q_positions))
+    operands = queries, keys, values, sinks, q_positions, k_positions
+    compute = functools.partial(attend_by_position, window=window)
+    if sharding is None:
+        return compute(*operands)
 
-    @jax.checkpoint
-    def one(index: jax.Array) -> jax.Array:
-        here = q.take(index, "blocks"), p.take(index, "blocks")
-        out = _attend_block(here[0], keys, values, sinks, here[1], k_positions, window)
-        return out.untag("b", "q", "h", "hd")
+    def local(*arrays: jax.Array) -> jax.Array:
+        own = (tag(array, *x.axes) for array, x in zip(arrays, operands, strict=True))
+        return compute(*own).array
 
-    out = tag(lax.map(one, jnp.arange(q.size("blocks"))), "blocks", "b", "q", "h", "hd")
-    return _front(out.merge(("blocks", "q"), "q"), "q", count).order(*queries.axes)
+    out = jax.shard_map(
+        local,
+        mesh=sharding.mesh,
+        in_specs=tuple(sharding.spec(x) for x in operands),
+        out_specs=sharding.spec(queries),
+    )(*(x.array for x in operands))
+    return tag(out, *queries.axes)
 
 
 def attend_causally(
-    queries: Tagged, keys: Tagged, values: Tagged, sinks: Tagged, window: int | None
+    queries: Tagged,
+    keys: Tagged,
+    values: Tagged,
+    sinks: Tagged,
+    window: int | None,
+    sharding: Sharding | None = None,
 ) -> Tagged:
     """Attention of a sequence over itself, from position 0.
 
@@ -95,7 +142,8 @@ def attend_causally(
         keys: {b, kv, k, hd} of the same positions.
         values: {b, kv, k, hd}.
         sinks: {h}.
-        window: see `visible`.
+        window: see `attend`.
+        sharding: see `attend`.
 
     Returns:
         {b, q, h, hd} with the dtype of `queries`.
@@ -104,7 +152,7 @@ def attend_causally(
     positions = jnp.broadcast_to(jnp.arange(length, dtype=jnp.int32), (batch, length))
     q_at, k_at = tag(positions, "b", "q"), tag(positions, "b", "k")
     if window is None or length <= 2 * window:
-        return attend(queries, keys, values, sinks, q_at, k_at, window)
+        return attend(queries, keys, values, sinks, q_at, k_at, window, sharding)
     order = queries.axes
     pieces = _in_blocks(queries.order("b", "q", "h", "hd"), "q", window)
     q_at = _in_blocks(q_at, "q", window)
@@ -116,38 +164,9 @@ def attend_causally(
     pieces, keys, values, q_at, k_at = (
         x.merge(("b", "blocks"), "b") for x in (pieces, keys, values, q_at, k_at)
     )
-    out = attend(pieces, keys, values, sinks, q_at, k_at, window)
+    out = attend(pieces, keys, values, sinks, q_at, k_at, window, sharding)
     out = out.split("b", b=batch, blocks=-1).merge(("blocks", "q"), "q")
     return _front(out, "q", length).order(*order)
-
-
-def _attend_block(
-    queries: Tagged,
-    keys: Tagged,
-    values: Tagged,
-    sinks: Tagged,
-    q_positions: Tagged,
-    k_positions: Tagged,
-    window: int | None,
-) -> Tagged:
-    """`attend` with all scores in memory at once."""
-    kv = keys.size("kv")
-    q = queries.split("h", kv=kv, group=-1)
-    sink = sinks.astype(jnp.float32).split("h", kv=kv, group=-1)
-    highest = lax.Precision.HIGHEST
-    scores = q.dot(keys, "hd", preferred_element_type=jnp.float32, precision=highest)
-    scores = scores.order("b", "kv", "group", "q", "k") * queries.size("hd") ** -0.5
-    mask = visible(q_positions, k_positions, window).expand_to(scores)
-    logits = jnp.where(mask, scores.array, -jnp.inf)
-    floor = sink.array[None, :, :, None, None]
-    largest = lax.stop_gradient(jnp.maximum(logits.max(-1, keepdims=True), floor))
-    weights = jnp.exp(logits - largest)
-    total = weights.sum(-1, keepdims=True) + jnp.exp(floor - largest)
-    out = tag(weights.astype(values.dtype), *scores.axes).dot(
-        values, "k", preferred_element_type=jnp.float32, precision=highest
-    )
-    out = out.map(lambda array: array / total).merge(("kv", "group"), "h")
-    return out.order(*queries.axes).astype(queries.dtype)
 
 
 def _in_blocks(x: Tagged, axis: str, block: int, fill: int = 0) -> Tagged:

@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from gpt_oss.attention import EMPTY
 from gpt_oss.config import GptOssConfig
+from moe_jax.kernels.attention import EMPTY
 from moe_jax.tagged import Tagged, tag
 
 
@@ -40,6 +40,12 @@ class Span:
         """Positions int32 {b, s} of `size` new tokens, padding included."""
         first = self.start.untag("b")[:, None]
         return tag(first + jnp.arange(size, dtype=jnp.int32)[None, :], "b", "s")
+
+    def piece(self, first: int, size: int) -> "Span":
+        """Where `size` of the new tokens stand, from the one with the index `first` on."""
+        before = self.count.map(lambda n: jnp.minimum(n, first))
+        count = self.count.map(lambda n: jnp.clip(n - first, 0, size))
+        return Span(self.start + before, count)
 
     def real(self, size: int) -> Tagged:
         """Which of `size` new tokens are real: bool {b, s}."""
@@ -128,6 +134,9 @@ class RingCache:
         return seen, cache
 
 
+type LayerCache = FullCache | RingCache
+
+
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class Cache:
@@ -138,7 +147,7 @@ class Cache:
         lengths: int32 {b}.
     """
 
-    layers: tuple[FullCache | RingCache, ...]
+    layers: tuple[LayerCache, ...]
     lengths: Tagged
 
     @classmethod
@@ -156,7 +165,7 @@ class Cache:
                 f"{config.max_position_embeddings}, got {context}"
             )
 
-        def layer(index: int) -> FullCache | RingCache:
+        def layer(index: int) -> LayerCache:
             window = config.window(index)
             kind, slots = (
                 (FullCache, context) if window is None else (RingCache, min(window, context))

@@ -23,16 +23,15 @@ import numpy as np
 from jax import lax
 
 from gpt_oss.cache import Cache
+from gpt_oss.chunks import choose_chunk, prefill_chunks
 from gpt_oss.generation import Clock, FinishReason, Generation, Request, Statistics, Stream
 from gpt_oss.model import GptOss
 from gpt_oss.placement import on_every_device
 from gpt_oss.programs import Program
 from gpt_oss.sampling import Greedy, Sampler, Sampling
+from moe_jax.kernels.lowering import has_kernels
 from moe_jax.sharding import Sharding
 from moe_jax.tagged import Tagged, tag
-
-PREFILL_CHUNKS = (32, 128, 512)
-"""Prompt tokens taken at a time: the smallest that holds what is left, or else the largest."""
 
 BLOCK = 32
 """Most tokens decoded before the host sees them."""
@@ -97,6 +96,7 @@ class Engine:
         self.context, self.batch, self.vocab_size = context, batch, model.config.vocab_size
         self._stop_ids = model.config.eos_token_ids
         leaves, treedef = jax.tree.flatten(model)
+        self._chunks = prefill_chunks(batch, all(has_kernels(leaf.devices()) for leaf in leaves))
         self._new_cache = Program(lambda: model.empty_cache(batch, context))
         self._prefill = Program(
             _on_model(_prefill, treedef), leaves, static=("reach",), donate=(1, 2)
@@ -251,7 +251,7 @@ class Engine:
         longest, start = max(map(len, prompts)), 0
         while start < longest:
             left = longest - start
-            size = next((s for s in PREFILL_CHUNKS if s >= left), PREFILL_CHUNKS[-1])
+            size = choose_chunk(self._chunks, left)
             tokens = np.zeros((self.batch, size), np.int32)
             count = np.zeros(self.batch, np.int32)
             for row, prompt in enumerate(prompts):

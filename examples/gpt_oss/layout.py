@@ -6,12 +6,15 @@ name, stand for it.
 """
 
 import dataclasses
-from collections.abc import Iterator
-from typing import Literal
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
 
 from gpt_oss.config import GptOssConfig
 
 type Init = Literal["normal", "ones", "zeros"]
+
+type Parameters = Callable[[str], Any]
+"""Gives a parameter, `Tagged` or a packed weight, by its Hugging Face name."""
 
 
 @dataclasses.dataclass(frozen=True)

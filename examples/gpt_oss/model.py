@@ -16,89 +16,35 @@ References:
 """
 
 import dataclasses
-from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from gpt_oss.attention import attend, attend_causally
-from gpt_oss.cache import Cache, FullCache, RingCache, Span
+from gpt_oss.attention import Attention
+from gpt_oss.cache import Cache, LayerCache, Span
 from gpt_oss.config import GptOssConfig
 from gpt_oss.embedding import embed
 from gpt_oss.layers import Linear, RMSNorm
-from gpt_oss.layout import parameter_specs
+from gpt_oss.layout import Parameters, parameter_specs
+from gpt_oss.overlap import apart, pieces
 from gpt_oss.placement import constrained, constrained_cache
-from gpt_oss.rope import cos_sin, rotate
+from gpt_oss.rope import Angles, cos_sin
 from moe_jax import GPT_OSS_ACTIVATION, GptOssMLP, MoE, RouterStatistics, Tagged, tag
 from moe_jax.quantization import Packed
 from moe_jax.sharding import Sharding
 from moe_jax.variables import param, value
 
-type Parameters = Callable[[str], Any]
-"""Gives a parameter, `Tagged` or a packed weight, by its Hugging Face name."""
 
-type LayerCache = FullCache | RingCache
-type Angles = tuple[Tagged, Tagged]
+class _Part(NamedTuple):
+    """A piece of a chunk on its way through the layers: x {b, s, d}, where it stands, and which of
+    its tokens are real, if not all."""
 
-
-class Attention(nnx.Module):
-    """Grouped-query attention with rotary positions, sinks and, in sliding layers, a window.
-
-    Attributes:
-        q_proj, k_proj, v_proj, o_proj: `Linear`, all with a bias.
-        sinks: Param of {h}.
-        window: keys a query sees, or None for all before it.
-        head_dim: features of a head.
-        sharding: the devices over which heads are spread, or None.
-    """
-
-    def __init__(
-        self,
-        config: GptOssConfig,
-        parameters: Parameters,
-        layer: int,
-        sharding: Sharding | None = None,
-    ) -> None:
-        prefix = f"model.layers.{layer}.self_attn."
-
-        def linear(name: str) -> Linear:
-            stem = f"{prefix}{name}"
-            return Linear(parameters(f"{stem}.weight"), parameters(f"{stem}.bias"))
-
-        self.q_proj, self.k_proj = linear("q_proj"), linear("k_proj")
-        self.v_proj, self.o_proj = linear("v_proj"), linear("o_proj")
-        self.sinks = param(parameters(f"{prefix}sinks"))
-        self.window = config.window(layer)
-        self.head_dim = config.head_dim
-        self.sharding = sharding
-
-    def __call__(
-        self,
-        x: Tagged,
-        angles: Angles,
-        cache: LayerCache | None = None,
-        span: Span | None = None,
-        reach: int | None = None,
-    ) -> tuple[Tagged, LayerCache | None]:
-        """{b, s, d} -> {b, s, d} and the extended cache, if there was one."""
-        q = self.q_proj(x, "d").split("h_hd", h=-1, hd=self.head_dim)
-        k = self.k_proj(x, "d").split("kv_hd", kv=-1, hd=self.head_dim)
-        v = self.v_proj(x, "d").split("kv_hd", kv=-1, hd=self.head_dim)
-        q, k = rotate(q, angles).rename(s="q"), rotate(k, angles)
-        k, v = (part.rename(s="k").order("b", "kv", "k", "hd") for part in (k, v))
-        q, k, v = (constrained(part, self.sharding) for part in (q, k, v))
-        sinks = value(self.sinks)
-        if cache is None or span is None:
-            out = attend_causally(q, k, v, sinks, self.window)
-        else:
-            seen, cache = cache.extend(k, v, span, reach)
-            at = span.positions(q.size("q")).rename(s="q")
-            out = attend(q, seen.keys, seen.values, sinks, at, seen.positions, self.window)
-        out = out.rename(q="s").order("b", "s", "h", "hd").merge(("h", "hd"), "h_hd")
-        out = constrained(out, self.sharding)
-        return constrained(self.o_proj(out, "h_hd"), self.sharding), cache
+    x: Tagged
+    angles: Angles
+    span: Span
+    mask: Tagged | None
 
 
 class Block(nnx.Module):
@@ -264,22 +210,32 @@ class GptOss(nnx.Module):
             row without a real token gets logits that mean nothing.
         """
         size = tokens.size("s")
-        mask = None
         if count is None:
             span = Span(cache.lengths, cache.lengths.map(lambda n: jnp.full_like(n, size)))
         else:
             span = Span(cache.lengths, count)
-            mask = span.real(size)
-        x, angles = self.begin(tokens, span)
+        parts = self._parts(tokens, span, masked=count is not None)
         layers = []
         for index, (block, held) in enumerate(zip(self.layers, cache.layers, strict=True)):
             with jax.named_scope(f"layer_{index}"):
-                x, held = block.attend(x, angles, held, span, reach)
-                x = block.mix(x, mask)
+                for number, part in enumerate(parts):
+                    once = apart(block) if number else block
+                    x, held = once.attend(part.x, part.angles, held, part.span, reach)
+                    parts[number] = part._replace(x=once.mix(x, part.mask))
                 layers.append(constrained_cache(held, self.sharding))
+        x = jnp.concatenate([part.x.untag("b", "s", "d") for part in parts], axis=1)
         last = jnp.maximum(span.count.untag("b") - 1, 0)[:, None, None]
-        x = tag(jnp.take_along_axis(x.untag("b", "s", "d"), last, axis=1)[:, 0], "b", "d")
+        x = tag(jnp.take_along_axis(x, last, axis=1)[:, 0], "b", "d")
         return self.logits(x), Cache(tuple(layers), span.start + span.count)
+
+    def _parts(self, tokens: Tagged, span: Span, masked: bool) -> list[_Part]:
+        """What the layers begin with, in the pieces that they take one after the other."""
+        size, parts = tokens.size("s"), []
+        for first, end in pieces(tokens.size("b"), size, self.sharding):
+            own = span if end - first == size else span.piece(first, end - first)
+            x, angles = self.begin(tag(tokens.untag("b", "s")[:, first:end], "b", "s"), own)
+            parts.append(_Part(x, angles, own, own.real(end - first) if masked else None))
+        return parts
 
     def empty_cache(self, batch: int, context: int) -> Cache:
         """A cache in the compute dtype; see `Cache.empty`."""

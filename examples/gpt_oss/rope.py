@@ -18,6 +18,9 @@ import numpy as np
 from gpt_oss.config import GptOssConfig, YarnScaling
 from moe_jax.tagged import Tagged, tag
 
+type Angles = tuple[Tagged, Tagged]
+"""Cosines and sines, see `cos_sin`."""
+
 _LOW = 256
 
 

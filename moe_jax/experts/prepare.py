@@ -1,11 +1,11 @@
 """Weights in the layout that the kernels read, made once and kept."""
 
-import importlib.util
 from typing import Any
 
 import jax
 from flax import nnx
 
+from moe_jax.kernels.lowering import has_kernels
 from moe_jax.quantization.mxfp4 import BlockScaled
 from moe_jax.quantization.packed import is_packed
 from moe_jax.quantization.tiled import TiledMXFP4, tile_mxfp4
@@ -40,16 +40,10 @@ def prepare_for_devices[T](experts: T) -> T:
     Those are NVIDIA GPUs, with jax-triton installed: without it, or on other devices, weights would
     be laid out anew at each use.
     """
-    if importlib.util.find_spec("jax_triton") is None:
-        return experts
-    try:
-        devices = set(jax.devices("cuda"))
-    except RuntimeError:  # no such platform
-        return experts
 
     def one(weight: Any) -> Any:
         leaves = jax.tree.leaves(weight)
-        return _tile(weight) if all(leaf.devices() <= devices for leaf in leaves) else weight
+        return _tile(weight) if all(has_kernels(leaf.devices()) for leaf in leaves) else weight
 
     return _map_packed(one, experts)
 

@@ -10,7 +10,7 @@ The primitive has no derivative: wrap calls in `jax.custom_vjp`.
 import functools
 import importlib.util
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -134,6 +134,17 @@ def no_gradient(array: jax.Array) -> Any:
     if jax.numpy.issubdtype(array.dtype, jax.numpy.inexact):
         return jax.numpy.zeros_like(array)
     return np.zeros(array.shape, jax.dtypes.float0)
+
+
+def has_kernels(devices: Iterable[Any]) -> bool:
+    """Whether operations become kernels there: on NVIDIA GPUs, with jax-triton installed."""
+    if importlib.util.find_spec("jax_triton") is None:
+        return False
+    try:
+        gpus = jax.devices("cuda")
+    except RuntimeError:  # JAX has no such backend
+        return False
+    return set(devices) <= set(gpus)
 
 
 def cuda_capability() -> int:

@@ -153,7 +153,12 @@ class Sharding:
         return jax.device_put(tree, self.of(tree))
 
     def constrain(self, x: Tagged) -> Tagged:
-        """Says inside `jax.jit` where a value lies.
+        """Says inside `jax.jit` that a value lies as `spec` says."""
+        sharding = NamedSharding(self.mesh, self.spec(x))
+        return x.map(lambda array: jax.lax.with_sharding_constraint(array, sharding))
+
+    def spec(self, x: Tagged) -> PartitionSpec:
+        """Which mesh axes split which axes of a value inside of a program, whatever its sizes.
 
         Of the mesh axes of a rule the first ones are used, as many as split the axis evenly: a
         batch of one is whole on every device. A mesh axis splits one axis of the array, the last
@@ -166,8 +171,7 @@ class Sharding:
                 names = names[:-1]
             used.update(names)
             entries.append(names or None)
-        sharding = NamedSharding(self.mesh, PartitionSpec(*reversed(entries)))
-        return x.map(lambda array: jax.lax.with_sharding_constraint(array, sharding))
+        return PartitionSpec(*reversed(entries))
 
     def _of(self, path: Any, node: Any) -> Any:
         if is_packed(node):

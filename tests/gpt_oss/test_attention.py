@@ -1,59 +1,21 @@
-"""Masks as literal matrices; attention against loops in float64."""
+"""A sequence over itself, and heads and rows on several devices, against loops in float64."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from attention_oracle import Case, sequence
+from tiny_mesh import sharding
 
-from gpt_oss import attention
-from gpt_oss.attention import EMPTY, attend, attend_causally, visible
+from gpt_oss.attention import attend, attend_causally
 from moe_jax import Tagged, tag
+from moe_jax.kernels.attention import reference
 
 causally = jax.jit(attend_causally, static_argnums=4)
 """As one program: to compile it costs less than to compile each operation."""
 
 
-def positions(rows: list[list[int]], axis: str) -> Tagged:
-    return tag(jnp.asarray(rows, jnp.int32), "b", axis)
-
-
-def mask(q: list[int], k: list[int], window: int | None) -> list[list[int]]:
-    return visible(positions([q], "q"), positions([k], "k"), window).array[0].astype(int).tolist()
-
-
-def test_causal_mask() -> None:
-    assert mask([0, 1, 2, 3], [0, 1, 2, 3], None) == [
-        [1, 0, 0, 0],
-        [1, 1, 0, 0],
-        [1, 1, 1, 0],
-        [1, 1, 1, 1],
-    ]
-
-
-def test_sliding_mask() -> None:
-    """A window of 2 is the query's own key and the one before."""
-    assert mask([0, 1, 2, 3], [0, 1, 2, 3], 2) == [
-        [1, 0, 0, 0],
-        [1, 1, 0, 0],
-        [0, 1, 1, 0],
-        [0, 0, 1, 1],
-    ]
-
-
-def test_ring_mask() -> None:
-    """A ring of 3 that has seen 4 tokens, then the chunk 4, 5 and an empty slot."""
-    assert mask([4, 5], [3, 1, 2, 4, 5, EMPTY], 3) == [[1, 0, 1, 1, 0, 0], [1, 0, 0, 1, 1, 0]]
-
-
-def test_rows_have_their_own_positions() -> None:
-    q, k = positions([[0, 1], [2, 3]], "q"), positions([[0, 1, 2, 3]] * 2, "k")
-    assert visible(q, k, None).array.astype(int).tolist() == [
-        [[1, 0, 0, 0], [1, 1, 0, 0]],
-        [[1, 1, 1, 0], [1, 1, 1, 1]],
-    ]
-
-
-SHAPE = {"b": 2, "q": 5, "k": 7, "kv": 2, "group": 3, "hd": 4}
+SHAPE = {"b": 2, "kv": 2, "group": 3, "hd": 4}
 
 
 def arrays(rng: np.random.Generator, q: int, k: int) -> tuple[np.ndarray, ...]:
@@ -75,54 +37,9 @@ def tagged(q: np.ndarray, k: np.ndarray, v: np.ndarray, sinks: np.ndarray, dtype
     )
 
 
-def by_loops(
-    q: np.ndarray,
-    k: np.ndarray,
-    v: np.ndarray,
-    sinks: np.ndarray,
-    q_at: np.ndarray,
-    k_at: np.ndarray,
-    window: int | None,
-) -> np.ndarray:
-    """One query, one head, one key at a time."""
-    out, group = np.zeros_like(q), q.shape[2] // k.shape[1]
-    for b, i, h in np.ndindex(q.shape[:3]):
-        weights, total = {}, np.exp(sinks[h])
-        for j, at in enumerate(k_at[b]):
-            near = window is None or at > q_at[b, i] - window
-            if at != EMPTY and at <= q_at[b, i] and near:
-                weights[j] = np.exp(q[b, i, h] @ k[b, h // group, j] / np.sqrt(q.shape[-1]))
-                total += weights[j]
-        for j, weight in weights.items():
-            out[b, i, h] += weight / total * v[b, h // group, j]
-    return out
-
-
-K_AT = np.asarray([[6, 0, 1, EMPTY, 3, 4, 5], [EMPTY, EMPTY, 2, 3, 5, 4, 1]])
-Q_AT = np.asarray([[2, 3, 4, 5, 6], [0, 1, 2, 3, 9]])
-
-
-@pytest.mark.parametrize("window", [None, 1, 2, 4, 100])
-def test_attend(window: int | None, rng: np.random.Generator) -> None:
-    parts = arrays(rng, SHAPE["q"], SHAPE["k"])
-    expected = by_loops(*parts, Q_AT, K_AT, window)
-    at = positions(Q_AT.tolist(), "q"), positions(K_AT.tolist(), "k")
-    out = attend(*tagged(*parts), *at, window)
-    assert out.axes == ("b", "q", "h", "hd")
-    np.testing.assert_allclose(out.array, expected, rtol=0, atol=2e-6)
-    assert (expected[1, 0] == 0).all(), "a query that sees no key"
-
-
-@pytest.mark.parametrize("block", [1, 2, 4])
-def test_blocks_of_queries_change_nothing(
-    block: int, rng: np.random.Generator, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    parts = tagged(*arrays(rng, SHAPE["q"], SHAPE["k"]))
-    at = positions(Q_AT.tolist(), "q"), positions(K_AT.tolist(), "k")
-    expected = attend(*parts, *at, 4)
-    heads = SHAPE["kv"] * SHAPE["group"]
-    monkeypatch.setattr(attention, "SCORE_BUDGET", block * SHAPE["b"] * heads * SHAPE["k"])
-    np.testing.assert_allclose(attend(*parts, *at, 4).array, expected.array, rtol=0, atol=1e-6)
+def expected(parts: tuple[np.ndarray, ...], window: int | None) -> np.ndarray:
+    at = np.tile(np.arange(parts[0].shape[1]), (SHAPE["b"], 1))
+    return Case(*parts, at, at, window).expected()
 
 
 def test_scores_of_long_prompts_are_not_held_at_once() -> None:
@@ -143,7 +60,7 @@ def test_scores_of_long_prompts_are_not_held_at_once() -> None:
     scores = 4 * heads * length**2
     assert temporary(128) < scores / 10
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(attention, "SCORE_BUDGET", 2**22)
+        patch.setattr(reference, "SCORE_BUDGET", 2**22)
         assert temporary(None) < scores / 8
 
 
@@ -151,10 +68,8 @@ def test_scores_of_long_prompts_are_not_held_at_once() -> None:
 @pytest.mark.parametrize("length", [1, 5, 6, 8, 9, 13])
 def test_attend_causally(window: int | None, length: int, rng: np.random.Generator) -> None:
     parts = arrays(rng, length, length)
-    at = np.tile(np.arange(length), (SHAPE["b"], 1))
     out = causally(*tagged(*parts), window)
-    expected = by_loops(*parts, at, at, window)
-    np.testing.assert_allclose(out.array, expected, rtol=0, atol=2e-6)
+    np.testing.assert_allclose(out.array, expected(parts, window), rtol=0, atol=2e-6)
 
 
 def test_a_large_sink_takes_all_attention_and_a_small_one_none(rng: np.random.Generator) -> None:
@@ -178,20 +93,18 @@ def test_bfloat16_in_bfloat16_out(rng: np.random.Generator) -> None:
     parts = arrays(rng, 6, 6)
     out = causally(*tagged(*parts, dtype=jnp.bfloat16), 2)
     assert out.dtype == jnp.bfloat16
-    at = np.tile(np.arange(6), (2, 1))
-    expected = by_loops(*parts, at, at, 2)
-    np.testing.assert_allclose(out.array.astype(jnp.float32), expected, rtol=0, atol=0.06)
+    wide = out.array.astype(jnp.float32)
+    np.testing.assert_allclose(wide, expected(parts, 2), rtol=0, atol=0.06)
 
 
 @pytest.mark.parametrize("window", [None, 2])
 def test_gradients(window: int | None, rng: np.random.Generator) -> None:
     """Directional derivatives against central differences in float64."""
     parts, moves = arrays(rng, 6, 6), arrays(rng, 6, 6)
-    at = np.tile(np.arange(6), (2, 1))
 
     def value(step: float) -> float:
         moved = [part + step * move for part, move in zip(parts, moves, strict=True)]
-        return float((by_loops(*moved, at, at, window) ** 2).sum())
+        return float((expected(tuple(moved), window) ** 2).sum())
 
     def total(*args: Tagged) -> jax.Array:
         return (causally(*args, window).array ** 2).sum()
@@ -199,3 +112,18 @@ def test_gradients(window: int | None, rng: np.random.Generator) -> None:
     gradients = jax.grad(total, argnums=(0, 1, 2, 3))(*tagged(*parts))
     found = sum(float((g.array * m).sum()) for g, m in zip(gradients, moves, strict=True))
     assert found == pytest.approx((value(1e-5) - value(-1e-5)) / 2e-5, rel=1e-4)
+
+
+@pytest.mark.parametrize("sizes", [(2, 1, 2), (1, 2, 2), (1, 1, 2), (4, 1, 1)], ids=str)
+@pytest.mark.parametrize("window", [None, 3])
+def test_heads_and_rows_on_several_devices(
+    sizes: tuple[int, int, int], window: int | None, rng: np.random.Generator
+) -> None:
+    """Four rows and two key/value heads, which nothing is sent for."""
+    q_at, k_at = (np.repeat(at, 4, axis=0) for at in sequence(4, 2, 7))
+    case = Case.random(rng, q_at, k_at, kv=2, group=3, head_dim=4, window=window)
+    where = sharding(sizes)
+    call = jax.jit(lambda *operands: attend(*operands, window, where).array)
+    np.testing.assert_allclose(call(*case.tagged()), case.expected(), rtol=0, atol=2e-6)
+    operands = [where.constrain(x) for x in case.tagged()]
+    assert "all-" not in call.lower(*operands).compile().as_text()

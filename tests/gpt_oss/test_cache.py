@@ -8,9 +8,9 @@ import tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from gpt_oss.attention import EMPTY, visible
 from gpt_oss.cache import Cache, FullCache, RingCache, Seen, Span
 from moe_jax import Tagged, tag
+from moe_jax.kernels.attention import EMPTY, visible
 
 WINDOW, CONTEXT, KV, HD = 5, 24, 2, 3
 
@@ -152,3 +152,10 @@ def test_donated_caches_are_written_in_place() -> None:
 def test_sizes_are_checked(batch: int, context: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Cache.empty(tiny_model.config("released_numbers"), batch, context, jnp.float32)
+
+
+def test_pieces_of_a_span() -> None:
+    span = Span(*(tag(jnp.asarray(x, jnp.int32), "b") for x in ([5, 0, 9], [6, 3, 0])))
+    first, second = span.piece(0, 4), span.piece(4, 4)
+    assert first.start.array.tolist() == [5, 0, 9] and first.count.array.tolist() == [4, 3, 0]
+    assert second.start.array.tolist() == [9, 3, 9] and second.count.array.tolist() == [2, 0, 0]

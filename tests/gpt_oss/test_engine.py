@@ -13,6 +13,7 @@ import tiny_model
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from gpt_oss import chunks
 from gpt_oss import engine as engine_module
 from gpt_oss.engine import Engine
 from gpt_oss.generation import Request
@@ -51,7 +52,7 @@ def test_greedy_tokens_with_packed_experts() -> None:
 
 def test_prompts_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """35 tokens taken as 8 + 8 + 8 + 8 + 3 of 4; the row beside it ends in the second chunk."""
-    monkeypatch.setattr(engine_module, "PREFILL_CHUNKS", (4, 8))
+    monkeypatch.setattr(chunks, "PREFILL_CHUNKS", (4, 8))
     engine = Engine(tiny_model.build(NAME), context=CONTEXT, batch=2)
     prompts = [tiny.prompts(NAME)["several_windows"], PROMPT]
     rows = engine.stream([Request(p, max_tokens=3, stop_ids=()) for p in prompts]).collect()

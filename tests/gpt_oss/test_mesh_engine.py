@@ -10,7 +10,7 @@ import tiny_model
 from sharding_tools import bytes_by_device
 from tiny_mesh import sharding
 
-from gpt_oss import engine as engine_module
+from gpt_oss import chunks
 from gpt_oss.engine import Engine
 from gpt_oss.generation import Request
 
@@ -23,7 +23,7 @@ GREEDY = GOLDENS[f"{NAME}/greedy"].tolist()
 @pytest.mark.parametrize("sizes", [(1, 2, 2), (4, 1, 2)], ids=str)
 def test_engine(sizes: tuple[int, int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """With a cache, a prompt in chunks, and two rows, which are split or whole on every device."""
-    monkeypatch.setattr(engine_module, "PREFILL_CHUNKS", (8,))
+    monkeypatch.setattr(chunks, "PREFILL_CHUNKS", (8,))
     here = sharding(sizes)
     engine = Engine(tiny_model.build(NAME, packed=True, sharding=here), context=96, batch=2)
     requests = [Request(PROMPTS[0], max_tokens=64, stop_ids=()), Request(PROMPTS[1], max_tokens=2)]

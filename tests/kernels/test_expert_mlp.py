@@ -15,7 +15,7 @@ from triton_tools import MISSING, run_interpreted
 
 import moe_jax
 from moe_jax import Router, Routing, Tagged, tag
-from moe_jax.kernels import gluon_call
+from moe_jax.kernels import kernel_call
 from moe_jax.kernels.dispatch import launch as dispatch
 from moe_jax.kernels.expert_mlp import launch
 from moe_jax.kernels.expert_mlp.api import Logits, expert_mlp, is_supported
@@ -326,15 +326,14 @@ def test_kernels_are_called_with_what_they_take(monkeypatch, capability, tokens)
     experts = Layer.random(np.random.default_rng(0), 4, 64, 128).tiled()
     compiled = []
 
-    def compile_kernel(kernel, kinds, constants, num_warps, max_registers, capability):
-        del max_registers
-        compiled.append(gluon_call.gluon_source(kernel, kinds, dict(constants)))
-        return gluon_call.Code(kernel.__name__, "", 0, num_warps, capability)
+    def compile_kernel(kernel, kinds, constants, options, capability):
+        compiled.append(kernel_call.kernel_source(kernel, kinds, dict(constants)))
+        return kernel_call.Code(kernel.__name__, "", 0, options.num_warps, capability)
 
     monkeypatch.setattr(matmul, "cuda_capability", lambda: capability)
-    monkeypatch.setattr(gluon_call, "cuda_capability", lambda: capability)
-    monkeypatch.setattr(gluon_call, "compile_kernel", compile_kernel)
-    monkeypatch.setattr(gluon_call, "_launch", lambda *_: b"")
+    monkeypatch.setattr(kernel_call, "cuda_capability", lambda: capability)
+    monkeypatch.setattr(kernel_call, "compile_kernel", compile_kernel)
+    monkeypatch.setattr(kernel_call, "_launch", lambda *_: b"")
 
     def calls(x, logits, ids, weights, sizes):
         return (

@@ -98,7 +98,7 @@ def compiled(
         scope.enter_context(contextlib.redirect_stdout(log))
         triton.knobs.nvidia.dump_ptxas_log = True
         triton.knobs.compilation.always_compile = True
-        triton.knobs.compilation.disable_line_info = True  # as `gluon_call` does
+        triton.knobs.compilation.disable_line_info = True  # as `kernel_call` does
         triton.knobs.cache.dir = scope.enter_context(tempfile.TemporaryDirectory())
         result = triton.compile(
             source,

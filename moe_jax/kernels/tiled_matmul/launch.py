@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from moe_jax.activations import Activation
 from moe_jax.kernels.dispatch.pairs import RoutedPairs
-from moe_jax.kernels.gluon_call import gluon_call
+from moe_jax.kernels.kernel_call import kernel_call
 from moe_jax.kernels.lowering import cuda_capability
 from moe_jax.kernels.tiled_matmul import configs
 from moe_jax.kernels.tiled_matmul.configs import Config, Plan, Regime
@@ -230,7 +230,7 @@ def _kernels(config: Config) -> Any:
 
 def _call(kernel: Any, *arguments: Any, max_registers: int | None, **options: Any) -> Any:
     if kernel.is_gluon():
-        return gluon_call(*arguments, kernel=kernel, max_registers=max_registers, **options)
+        return kernel_call(*arguments, kernel=kernel, max_registers=max_registers, **options)
     import jax_triton
 
     # loops are staged already

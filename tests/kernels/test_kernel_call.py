@@ -1,11 +1,11 @@
-"""How Gluon kernels are compiled and bound; that they run is `test_expert_mlp_gpu.py`'s."""
+"""How kernels are compiled and bound; that they run is `test_expert_mlp_gpu.py`'s."""
 
 import jax
 import jax.numpy as jnp
 import pytest
 from triton_tools import MISSING
 
-from moe_jax.kernels import gluon_call
+from moe_jax.kernels import kernel_call
 
 KINDS = ("*bf16", "*i32", "*i32", "*fp32", "*i32", "i32", "*bf16")
 CONSTANTS = {
@@ -30,7 +30,8 @@ def kernel():
 
 @pytest.mark.compiles
 def test_compiles_without_source_lines(kernel):
-    code = gluon_call.compile_kernel(kernel, KINDS, tuple(sorted(CONSTANTS.items())), 4, 64, 90)
+    options = kernel_call.Options(num_warps=4, max_registers=64)
+    code = kernel_call.compile_kernel(kernel, KINDS, tuple(sorted(CONSTANTS.items())), options, 90)
     assert f".entry {code.name}(" in code.ptx
     assert ".target sm_90a" in code.ptx and "mma.sync" in code.ptx
     assert ".maxnreg 64" in code.ptx
@@ -44,12 +45,12 @@ def test_compiles_without_source_lines(kernel):
 def test_refuses_other_constants(kernel, missing):
     constants = {name: value for name, value in CONSTANTS.items() if name != missing}
     with pytest.raises(TypeError, match="rows_kernel takes 7 arguments .* and the constants"):
-        gluon_call.gluon_source(kernel, KINDS, constants)
+        kernel_call.kernel_source(kernel, KINDS, constants)
 
 
 def test_refuses_other_arguments(kernel):
     with pytest.raises(TypeError, match="takes 7 arguments .*, got 6 arguments"):
-        gluon_call.gluon_source(kernel, KINDS[1:], CONSTANTS)
+        kernel_call.kernel_source(kernel, KINDS[1:], CONSTANTS)
 
 
 def test_refuses_other_dtypes(kernel):
@@ -57,6 +58,6 @@ def test_refuses_other_dtypes(kernel):
     with pytest.raises(
         TypeError, match="arrays of int32, float32, float16, bfloat16, got float8_e4m3fn"
     ):
-        gluon_call.gluon_call(
+        kernel_call.kernel_call(
             jnp.zeros(3, jnp.int32), kernel=kernel, out_type=out, grid=(1,), num_warps=4
         )

@@ -1,10 +1,11 @@
-"""Calls Gluon kernels from JAX, in the manner of `jax_triton.triton_call`.
+"""Calls Gluon and Triton kernels from JAX, in the manner of `jax_triton.triton_call`.
 
 jax-triton 0.4 takes Gluon kernels, but has the passes of plain Triton run over them. Those look for
 layouts of their own and put waits where they see none, so that a kernel that says where its values
 lie, and when it waits, is no longer what was written. Here a kernel goes through the stages that
 Triton has for its language. What launches it is what launches jax-triton's kernels; that hashes
-and compares a kernel's whole text whenever it runs, so the text holds no source lines.
+and compares a kernel's whole text whenever it runs, so the text holds no source lines, and no
+intermediate form.
 
 This module imports Triton where it is called: only a lowering for CUDA does.
 """
@@ -42,12 +43,28 @@ class Code:
     capability: int
 
 
-def gluon_call(
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How a kernel is compiled.
+
+    Attributes:
+        num_warps: warps a program.
+        num_stages: how deep Triton pipelines a loop.
+        max_registers: registers a thread, at most; None for the compiler's choice.
+    """
+
+    num_warps: int
+    num_stages: int = 3
+    max_registers: int | None = None
+
+
+def kernel_call(
     *arguments: jax.Array | int,
     kernel: Any,
     out_type: Any,
     grid: tuple[int, ...],
     num_warps: int,
+    num_stages: int = 3,
     max_registers: int | None = None,
     aliases: dict[int, int] | None = None,
     **constants: Any,
@@ -56,10 +73,11 @@ def gluon_call(
 
     Args:
         arguments: arrays and 32-bit integers for the kernel's first parameters, in order.
-        kernel: a `gluon.jit` function; its next parameters are the results.
+        kernel: a `gluon.jit` or `triton.jit` function; its next parameters are the results.
         out_type: a pytree of `jax.ShapeDtypeStruct`, the results.
         grid: programs, up to three sizes.
         num_warps: warps a program.
+        num_stages: how deep Triton pipelines a loop; Gluon kernels say so themselves.
         max_registers: registers a thread, at most.
         aliases: which of the arrays, by number, become which of the results.
         constants: values of the kernel's constexpr parameters.
@@ -74,7 +92,8 @@ def gluon_call(
     operands = (*arguments, *results)
     kinds = tuple(_kind(operand) for operand in operands)
     named = tuple(sorted(constants.items()))
-    code = compile_kernel(kernel, kinds, named, num_warps, max_registers, cuda_capability())
+    options = Options(num_warps, num_stages, max_registers)
+    code = compile_kernel(kernel, kinds, named, options, cuda_capability())
     call = _launch(code, grid, tuple(x if isinstance(x, int) else None for x in operands))
     arrays = [x for x in arguments if not isinstance(x, int)]
     function = jax.ffi.ffi_call(_target(), results, input_output_aliases=aliases)
@@ -86,18 +105,16 @@ def compile_kernel(
     kernel: Any,
     kinds: tuple[str, ...],
     constants: tuple[tuple[str, Any], ...],
-    num_warps: int,
-    max_registers: int | None,
+    options: Options,
     capability: int,
 ) -> Code:
     """Compiles a kernel; needs no GPU.
 
     Args:
-        kernel: a `gluon.jit` function.
+        kernel: a `gluon.jit` or `triton.jit` function.
         kinds: Triton's types of the parameters that are not constants, in order, such as `*bf16`.
         constants: names and values of the parameters that are.
-        num_warps: warps a program.
-        max_registers: registers a thread, at most.
+        options: how.
         capability: the compute capability to compile for.
 
     Raises:
@@ -109,19 +126,24 @@ def compile_kernel(
 
     target = GPUTarget("cuda", capability, 32)
     backend: Any = make_backend(target)
-    options = backend.parse_options(
-        {"num_warps": num_warps, "enable_fp_fusion": True, "maxnreg": max_registers}
+    parsed = backend.parse_options(
+        {
+            "num_warps": options.num_warps,
+            "num_stages": options.num_stages,
+            "enable_fp_fusion": True,
+            "maxnreg": options.max_registers,
+        }
     )
-    source = gluon_source(kernel, kinds, dict(constants))
+    source = kernel_source(kernel, kinds, dict(constants))
     stages: dict[str, Any] = {}
     metadata: dict[str, Any] = {}
     with knobs.compilation.scope():
         knobs.compilation.disable_line_info = True
-        backend.add_stages(stages, options, source.language)
+        backend.add_stages(stages, parsed, source.language)
         code = source.make_ir(
             target,
-            options,
-            backend.get_codegen_implementation(options),
+            parsed,
+            backend.get_codegen_implementation(parsed),
             backend.get_module_map(),
             _context(backend),
         )
@@ -131,12 +153,13 @@ def compile_kernel(
                 break
     if metadata.get("global_scratch_size"):
         raise TypeError(f"{kernel.__name__} needs global scratch memory, which it does not get")
-    return Code(metadata["name"], code, metadata["shared"], num_warps, capability)
+    return Code(metadata["name"], code, metadata["shared"], options.num_warps, capability)
 
 
-def gluon_source(kernel: Any, kinds: tuple[str, ...], constants: dict[str, Any]) -> Any:
+def kernel_source(kernel: Any, kinds: tuple[str, ...], constants: dict[str, Any]) -> Any:
     """What Triton compiles: a kernel, the types of its parameters, and its constants."""
-    from triton.experimental.gluon._runtime import GluonASTSource
+    from triton.compiler import ASTSource
+    from triton.experimental.gluon._runtime import GluonASTSource, GluonJITFunction
 
     constexprs = {p.name for p in kernel.params if p.is_constexpr}
     names = [name for name in kernel.arg_names if name not in constexprs]
@@ -152,7 +175,8 @@ def gluon_source(kernel: Any, kinds: tuple[str, ...], constants: dict[str, Any])
         if types.get(name, "").startswith("*")
     }
     signature = {name: types.get(name, "constexpr") for name in kernel.arg_names}
-    return GluonASTSource(kernel, signature, constants, aligned)
+    language = GluonASTSource if isinstance(kernel, GluonJITFunction) else ASTSource
+    return language(kernel, signature, constants, aligned)
 
 
 @functools.lru_cache
