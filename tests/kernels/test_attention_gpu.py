@@ -21,10 +21,12 @@ SHAPES = {
 }
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16], ids=str)
-@pytest.mark.parametrize("window", [None, 1, 8])
+@pytest.mark.parametrize("window", [None, 8])
 @pytest.mark.parametrize("name", SHAPES)
-@pytest.mark.parametrize(("kv", "group", "head_dim"), [(2, 8, 64), (3, 1, 20), (1, 5, 128)])
+@pytest.mark.parametrize(
+    ("kv", "group", "head_dim", "dtype"),
+    [(2, 8, 64, jnp.bfloat16), (3, 1, 20, jnp.float16), (1, 5, 128, jnp.bfloat16)],
+)
 def test_values(rng, name, window, kv, group, head_dim, dtype):
     case = Case.random(
         rng, *SHAPES[name], kv=kv, group=group, head_dim=head_dim, window=window, dtype=dtype
