@@ -280,7 +280,7 @@ class Bench:
 
 def _prompts(text: str, options: argparse.Namespace) -> Prompts:
     rows, length = map(int, text.split("x"))
-    kernels = has_kernels(jax.devices())
+    kernels = has_kernels(jax.devices()) and options.dtype == "bfloat16"
     chunk = min(options.chunk or prefill_chunks(rows, kernels)[-1], length)
     if length % chunk:
         raise ValueError(f"--prefill {text}: {length} tokens are no multiple of --chunk {chunk}")

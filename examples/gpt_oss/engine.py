@@ -96,7 +96,8 @@ class Engine:
         self.context, self.batch, self.vocab_size = context, batch, model.config.vocab_size
         self._stop_ids = model.config.eos_token_ids
         leaves, treedef = jax.tree.flatten(model)
-        self._chunks = prefill_chunks(batch, all(has_kernels(leaf.devices()) for leaf in leaves))
+        on_gpus = all(has_kernels(leaf.devices()) for leaf in leaves)
+        self._chunks = prefill_chunks(batch, on_gpus and model.dtype == jnp.bfloat16)
         self._new_cache = Program(lambda: model.empty_cache(batch, context))
         self._prefill = Program(
             _on_model(_prefill, treedef), leaves, static=("reach",), donate=(1, 2)

@@ -96,7 +96,7 @@ def _add_model_flags(group: Any) -> None:
         "--devices",
         type=_number(int, "at least 1", lambda n: n >= 1),
         metavar="N",
-        help="spread the model over N devices (default: 1)",
+        help="take N devices (default: 1): copies of the model if they have room, else parts of it",
     )
     spread.add_argument(
         "--mesh",

@@ -26,24 +26,48 @@ RULES: Rules = FrozenRules(
 """Those of the layer, and those of the vocabulary and of heads, alone or merged with their size."""
 
 
-def choose_sizes(config: GptOssConfig, num_devices: int) -> dict[str, int]:
-    """The sizes of the mesh axes that split a model's weights over all of so many devices.
+def choose_sizes(
+    config: GptOssConfig, num_devices: int, parts: int | None = None
+) -> dict[str, int]:
+    """The sizes of the mesh axes for so many devices.
 
-    Attention is spread over as many of the devices as its key/value heads allow.
+    Copies of the model are as many as can be, each over at least `parts` devices: one sequence is
+    then as fast as on so few, and several share the copies. Attention is spread over as many of
+    the devices of a copy as its key/value heads allow.
+
+    Args:
+        config: the shape.
+        num_devices: how many there are.
+        parts: how many devices a copy needs, see `needed_devices`; None for all.
 
     Raises:
         UserError: experts or vocabulary cannot be split so; says which numbers would do.
     """
     fitting = [sizes for sizes in _meshes(num_devices) if fault(config, sizes) is None]
-    best = min(fitting, key=lambda sizes: (sizes["data"], -sizes["model"]))
-    if best["data"] > 1:
-        counts = divisors(math.gcd(config.num_experts, config.vocab_size))
-        raise UserError(
-            f"{config.num_experts} experts and a vocabulary of {config.vocab_size} cannot be split "
-            f"over {num_devices} devices: {listed(counts)} would do, or --mesh {describe(best)}, "
-            f"which holds the model {best['data']} times"
-        )
-    return best
+    wanted = num_devices if parts is None else min(parts, num_devices)
+    wide = [sizes for sizes in fitting if _parts(sizes) >= wanted]
+    if wide:
+        return min(wide, key=lambda sizes: (_parts(sizes), -sizes["model"]))
+    best = max(fitting, key=lambda sizes: (_parts(sizes), sizes["model"]))
+    counts = divisors(math.gcd(config.num_experts, config.vocab_size))
+    raise UserError(
+        f"{config.num_experts} experts and a vocabulary of {config.vocab_size} cannot be split "
+        f"over {num_devices} devices: {listed(counts)} would do, or --mesh {describe(best)}, "
+        f"which holds the model {best['data']} times"
+    )
+
+
+def needed_devices(num_bytes: int) -> int | None:
+    """How many of this process's devices hold weights of so many bytes in half of their memory.
+
+    The other half is for keys, values and what is computed. None where devices do not say how much
+    memory they have, as CPUs, which share it.
+    """
+    found = [(device.memory_stats() or {}).get("bytes_limit") for device in jax.local_devices()]
+    limits = [limit for limit in found if limit]
+    if len(limits) < len(found):
+        return None
+    return max(1, math.ceil(num_bytes / (min(limits) / 2)))
 
 
 def fault(config: GptOssConfig, sizes: dict[str, int]) -> str | None:
@@ -66,9 +90,14 @@ def fault(config: GptOssConfig, sizes: dict[str, int]) -> str | None:
 
 
 def sharding_for(
-    config: GptOssConfig, mesh: dict[str, int] | None = None, num_devices: int | None = None
+    config: GptOssConfig,
+    mesh: dict[str, int] | None = None,
+    num_devices: int | None = None,
+    parts: int | None = None,
 ) -> Sharding | None:
     """How to spread a model over a mesh, or over as many devices; None for neither.
+
+    `parts` is that of `choose_sizes`.
 
     Raises:
         UserError: there are too few devices, or the model cannot be spread so.
@@ -77,7 +106,7 @@ def sharding_for(
         return None
     if mesh is None:
         assert num_devices is not None
-        mesh = choose_sizes(config, num_devices)
+        mesh = choose_sizes(config, num_devices, parts)
     sizes = {axis: mesh.get(axis, 1) for axis in MESH_AXES}
     needed, there = math.prod(sizes.values()), len(jax.devices())
     if needed > there:
@@ -99,6 +128,11 @@ def sharding_for(
 def describe(sizes: Any) -> str:
     """Sizes of mesh axes as --mesh takes them."""
     return ",".join(f"{axis}={size}" for axis, size in sizes.items())
+
+
+def _parts(sizes: dict[str, int]) -> int:
+    """How many devices share a copy of the model."""
+    return sizes["expert"] * sizes["model"]
 
 
 def _meshes(num_devices: int) -> Iterator[dict[str, int]]:

@@ -20,12 +20,13 @@ from gpt_oss.errors import UserError
 from gpt_oss.flags import SEEDS
 from gpt_oss.harmony import SystemConfig
 from gpt_oss.interrupts import Interrupts
-from gpt_oss.mesh import describe, sharding_for
+from gpt_oss.mesh import describe, needed_devices, sharding_for
 from gpt_oss.output import JsonOutput, Output, TextOutput, printable, report
 from gpt_oss.pretrained import Pretrained, load
 from gpt_oss.sampling import Sampler
 from gpt_oss.session import ChatSession, Options, Reply, TextSession
 from gpt_oss.source import Source
+from moe_jax.checkpoint import Checkpoint
 from moe_jax.sharding import Sharding
 
 _COMMAND = re.compile(r"/[A-Za-z]+(?!\S)")
@@ -175,7 +176,11 @@ def _sharding(arguments: argparse.Namespace, source: Source) -> Sharding | None:
         if jax.process_count() == 1:
             return None
         count = jax.device_count()
-    return sharding_for(GptOssConfig.from_folder(source.folder), mesh, count)
+    config, parts = GptOssConfig.from_folder(source.folder), None
+    if mesh is None:
+        # 0 for None: processes agree on numbers
+        parts = agreed(needed_devices(Checkpoint.open(source.folder).nbytes) or 0) or None
+    return sharding_for(config, mesh, count, parts)
 
 
 def chat(speaker: Speaker) -> None:

@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import math
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -77,6 +78,42 @@ class TestChoice:
     )
     def test_examples(self, changes, count, expected):
         assert tuple(mesh.choose_sizes(config(**changes), count).values()) == expected
+
+    @pytest.mark.parametrize(
+        ("changes", "count", "parts", "expected"),
+        [
+            ({}, 4, 1, (4, 1, 1)),
+            ({}, 3, 1, (3, 1, 1)),
+            ({}, 8, 2, (4, 1, 2)),
+            ({}, 8, 3, (2, 1, 4)),
+            ({}, 4, 9, (1, 1, 4)),
+            ({"kv": 2}, 8, 4, (2, 2, 2)),
+        ],
+    )
+    def test_as_many_copies_as_have_room(self, changes, count, parts, expected):
+        assert tuple(mesh.choose_sizes(config(**changes), count, parts).values()) == expected
+
+    def test_too_few_devices_for_a_copy(self):
+        with pytest.raises(UserError, match="over 6 devices: .* or --mesh data=3,expert=1,model=2"):
+            mesh.choose_sizes(config(), 6, 4)
+
+    @pytest.mark.parametrize(
+        ("limits", "num_bytes", "expected"),
+        [
+            ([100, 80], 40, 1),
+            ([100, 80], 41, 2),
+            ([100, 100], 0, 1),
+            ([100, 100], 401, 9),
+            ([100, None], 40, None),
+        ],
+    )
+    def test_weights_take_half_of_the_memory(self, limits, num_bytes, expected, monkeypatch):
+        def device(limit):
+            stats = None if limit is None else {"bytes_limit": limit}
+            return SimpleNamespace(memory_stats=lambda: stats)
+
+        monkeypatch.setattr(mesh.jax, "local_devices", lambda: [device(n) for n in limits])
+        assert mesh.needed_devices(num_bytes) == expected
 
     @given(st.integers(1, 16), st.integers(5, 96), st.integers(50, 400), st.integers(1, 64))
     def test_weights_are_split_over_all_devices_or_it_refuses(self, kv, experts, vocab, count):

@@ -1,7 +1,11 @@
 """Triton kernels for attention with sinks and windows, by position.
 
 A program has some queries of all heads that read one key/value head, and goes over the blocks of
-keys that they may see. Scores never leave its registers.
+keys that they may see. Scores never leave its registers. Constants of all kernels:
+
+    SHAPE      heads, key/value heads, features of a head
+    BLOCKS     queries, heads that read a key/value head, keys, features, as in `blocks.Blocks`
+    OPTIONS    the window or 0, what scores are multiplied by, `blocks.Blocks.skips_masks`
 
 This module imports Triton: import it only where a lowering for CUDA needs it.
 """
@@ -159,6 +163,7 @@ def _blocks(
     queries, position, keys, values, k_at, num_keys, column, first, last, state,
     MASKED: tl.constexpr, SHAPE: tl.constexpr, BLOCKS: tl.constexpr, OPTIONS: tl.constexpr,
 ):  # fmt: skip
+    """Goes over the blocks of keys from `first` to `last`, all of them seen unless MASKED."""
     D: tl.constexpr = SHAPE[2]
     BLOCK_K: tl.constexpr = BLOCKS[2]
     BLOCK_D: tl.constexpr = BLOCKS[3]
