@@ -49,13 +49,14 @@ def interpreter():
         yield
 
 
-@pytest.fixture(params=PLANS.values(), ids=PLANS)
+@pytest.fixture(params=PLANS)
 def plan(request, monkeypatch):
-    regimes = (Regime(math.inf, math.inf, request.param),)
+    regimes = (Regime(math.inf, math.inf, PLANS[request.param]),)
     monkeypatch.setattr(matmul, "_regimes", lambda _: regimes)
-    return request.param
+    return PLANS[request.param]
 
 
+EACH_KERNEL = pytest.mark.parametrize("plan", ["sorted", "pairs"], indirect=True)
 SIZES = {"whole_tiles": (64, 192), "odd": (96, 80), "narrow": (32, 32)}
 
 
@@ -86,6 +87,7 @@ def test_routed_layer(plan, rng):
     np.testing.assert_allclose(y, oracle.routed(x, logits, 2, mask), rtol=2e-5, atol=2e-4)
 
 
+@EACH_KERNEL
 @pytest.mark.parametrize("limit", [None, 0.5])
 def test_activation_is_data(plan, limit, rng):
     oracle = layer(rng, activation=moe_jax.Activation("swiglu", 1.3, 0.25, limit, "interleaved"))
@@ -95,6 +97,7 @@ def test_activation_is_data(plan, limit, rng):
     np.testing.assert_allclose(y, oracle(x, ids, np.ones((9, 1))), rtol=2e-5, atol=2e-4)
 
 
+@EACH_KERNEL
 def test_nan_stays_where_it_is(plan, rng):
     oracle = layer(rng)
     x = rng.normal(size=(13, oracle.hidden)).astype(np.float32)

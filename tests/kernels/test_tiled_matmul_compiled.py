@@ -75,8 +75,10 @@ def compile_calls(monkeypatch, capability, regimes, index, function, *arguments)
     return found
 
 
+HOPPER = [i for i in range(len(configs.HOPPER)) if i not in (6, 7)]
+"""Without two whose heights are below the last one's, which takes the most registers by far."""
 TABLES = [
-    *((90, configs.HOPPER, i) for i in range(len(configs.HOPPER))),
+    *((90, configs.HOPPER, i) for i in HOPPER),
     *((c, configs.PORTABLE, i) for c in CAPABILITIES for i in range(len(configs.PORTABLE))),
 ]
 
