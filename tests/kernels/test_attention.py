@@ -253,14 +253,13 @@ def compile_call(monkeypatch, capability, queries, keys, window, heads=(64, 8, 6
 
 @needs_triton
 @pytest.mark.compiles
-@pytest.mark.parametrize("capability", CAPABILITIES)
 @pytest.mark.parametrize(
-    ("queries", "keys", "window", "name"),
+    ("capability", "queries", "keys", "window", "name"),
     [
-        (512, 512, None, "attend_whole"),
-        (512, 640, 128, "attend_whole"),
-        (1, 1056, None, "attend_part"),
-        (1, 128, 128, "attend_whole"),
+        *((capability, 512, 512, None, "attend_whole") for capability in CAPABILITIES),
+        (90, 512, 640, 128, "attend_whole"),
+        *((capability, 1, 1056, None, "attend_part") for capability in CAPABILITIES),
+        (90, 1, 128, 128, "attend_whole"),
     ],
 )
 def test_compiles(monkeypatch, capability, queries, keys, window, name) -> None:
