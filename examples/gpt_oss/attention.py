@@ -89,22 +89,9 @@ def attend(
     window: int | None,
     sharding: Sharding | None = None,
 ) -> Tagged:
-    """Attention of queries over keys, by position.
+    """`moe_jax.kernels.attention.attend` on the devices of a sharding, if there is one.
 
-    With a sharding each device has the heads and rows that its rules say, and needs no others.
-
-    Args:
-        queries: {b, q, h, hd}; head i reads key and value head i // (h / kv).
-        keys: {b, kv, k, hd}.
-        values: {b, kv, k, hd}.
-        sinks: {h}.
-        q_positions: int32 {b, q}.
-        k_positions: int32 {b, k}; `EMPTY` where there is no key.
-        window: keys a query sees at most, its own included, or None.
-        sharding: the devices that take part, or None for one.
-
-    Returns:
-        {b, q, h, hd} with the dtype of `queries`. A query that sees no key gets zeros.
+    Each device has the heads and rows that its rules say, and needs no others.
     """
     operands = queries, keys, values, sinks, q_positions, k_positions
     compute = functools.partial(attend_by_position, window=window)
@@ -142,7 +129,7 @@ def attend_causally(
         keys: {b, kv, k, hd} of the same positions.
         values: {b, kv, k, hd}.
         sinks: {h}.
-        window: see `attend`.
+        window: keys a query sees at most, its own included, or None.
         sharding: see `attend`.
 
     Returns:
